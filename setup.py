@@ -1,7 +1,6 @@
 """Builds the C++ library of ``csrc`` and lists the packages; everything else is declared in ``pyproject.toml``.
 
-The library registers its ops with torch and is loaded by ``torch.ops.load_library``: it is no Python module, needs no Python headers, and
-one file serves every Python version. Where it cannot be built the installation goes on without it: the reason is left in
+The library is the module ``esper_elastic._C``, and importing it registers its ops with torch. Where it cannot be built the installation goes on without it: the reason is left in
 ``esper_elastic/_build_failure.txt``, which ``esper_elastic.backend_info()`` reports.
 """
 
@@ -36,7 +35,6 @@ def library() -> Extension:
         define_macros=[("ESPER_ELASTIC_WITH_CUDA", "1")] if with_cuda else [],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         extra_link_args=["-fopenmp"],
-        py_limited_api=True,
     )
 
 
