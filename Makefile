@@ -17,8 +17,7 @@ READY := $(STAMPS)/venv
 BUILT := $(STAMPS)/build
 endif
 
-# the interpreter's own scripts come first, so that ninja is found where .venv was not activated
-RUN := PATH="$(dir $(abspath $(PY))):$$PATH" PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
+RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(RUN) $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --benchmark-disable
 ESPER := $(RUN) $(PY) -m esper_elastic.cli

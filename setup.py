@@ -1,11 +1,13 @@
 """Builds the C++ library of ``csrc`` and lists the packages; everything else is declared in ``pyproject.toml``.
 
-The library is the module ``esper_elastic._C``, and importing it registers its ops with torch. Where it cannot be built the installation goes on without it: the reason is left in
-``esper_elastic/_build_failure.txt``, which ``esper_elastic.backend_info()`` reports.
+The library is the module ``esper_elastic._C``; importing it registers its ops with torch. Where it cannot be built the installation goes on
+without it: the reason is left in ``esper_elastic/_build_failure.txt``, which ``esper_elastic.backend_info()`` reports.
 """
 
+import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +18,9 @@ ROOT = Path(__file__).resolve().parent
 FAILURE = "_build_failure.txt"
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fopenmp"]
 NVCC_FLAGS = ["-O3", "-std=c++20"]
+
+# The interpreter's own ninja, whether or not its environment is activated: two versions of ninja discard each other's logs and compile all.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def sources(pattern: str) -> list[str]:
