@@ -1,7 +1,8 @@
 """Builds the C++ library of ``csrc`` and lists the packages; everything else is declared in ``pyproject.toml``.
 
-The library is the module ``esper_elastic._C``; importing it registers its ops with torch. Where it cannot be built the installation goes on
-without it: the reason is left in ``esper_elastic/_build_failure.txt``, which ``esper_elastic.backend_info()`` reports.
+The library is the module ``esper_elastic._C``, and importing it registers its ops with torch. Where it cannot
+be built the installation goes on without it: the reason is left in ``esper_elastic/_build_failure.txt``, which
+``esper_elastic.backend_info()`` reports.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Elastic capacity for PyTorch: layers own weights at a capacity, a control block says how much is active, kernels compute on that alone."""
+"""Elastic capacity for PyTorch: layers own weights at a capacity, a control block says what is active, kernels compute on that alone."""
 
 from . import errors
 from .control import ControlBlock, ElasticDim, concat

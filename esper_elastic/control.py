@@ -1,8 +1,8 @@
 """Widths as data: the control block, the dims and switches that live in it, and nothing else that may write them.
 
-A :class:`ControlBlock` is one int32 vector on the host, with one replica per device. An :class:`ElasticDim` or :class:`Switch` owns a slot of
-it. A *commit* publishes staged values in one write, raises the generation and bumps the version of every copy, so that the backward of a
-graph built before it raises instead of computing something else.
+A :class:`ControlBlock` is one int32 vector on the host, with one replica per device. An :class:`ElasticDim` or :class:`Switch` owns a
+slot of it. A *commit* publishes staged values in one write, raises the generation and bumps the version of every copy, so that the backward
+of a graph built before it raises instead of computing something else.
 
 This file knows tensors only by the axes that layers report. It neither initialises nor moves weights: ``grow`` and ``keep`` are
 installed by :mod:`esper_elastic.growth`.
@@ -100,8 +100,8 @@ class ControlBlock:
 
     def entries(self) -> list[_Entry]:
         """Every live dim and switch of the block, in slot order."""
-        found = ((slot, reference()) for slot, reference in self._entries.items())
-        return [entry for _, entry in sorted((pair for pair in found if pair[1] is not None), key=lambda pair: pair[0])]  # type: ignore[misc]
+        found = [entry for entry in (reference() for reference in self._entries.values()) if entry is not None]
+        return sorted(found, key=lambda entry: entry.slot)
 
     def digest(self) -> str:
         """A hash of all widths and switches; ranks of a data-parallel job compare it, since weights do not show a width that differs."""
@@ -170,7 +170,7 @@ class ControlBlock:
         if threading.get_ident() != self.owner:
             raise OwnerError(
                 f"ControlBlock: thread {threading.current_thread().name!r} cannot commit: the block belongs to the thread that made it. "
-                "Post the change with control.post(dim.resize, n), which the owner applies in control.drain(), or take over with control.adopt()."
+                "Post the change with control.post(dim.resize, n), which the owner applies in control.drain(), or control.adopt() it."
             )
 
     def adopt(self) -> None:
@@ -466,7 +466,7 @@ class ElasticDim(_Entry, Axis):
             )
         if n < self.minimum:
             raise CapacityError(
-                f"{self.label}: cannot activate {n} units: minimum is {self.minimum}. To switch a whole layer off, put it in an ElasticBlock."
+                f"{self.label}: cannot activate {n} units: minimum is {self.minimum}. To switch a layer off, put it in an ElasticBlock."
             )
         if n % self.multiple_of:
             below = n - n % self.multiple_of
@@ -496,7 +496,7 @@ class ElasticDim(_Entry, Axis):
                 divided in unequal shares (Net2Net), so that they part ways in training.
             exact: raise where the function cannot be kept, as for a dim that a LayerNorm runs over.
 
-        Effects: writes weights, gradients and optimizer state of the newborn units over the full capacity of every crossing axis; one commit.
+        Effects: writes weights, gradients and optimizer state of the newborn units, over the full capacity of crossing axes; one commit.
 
         Raises:
             CapacityError: the width is invalid, or the function cannot be kept and ``exact`` holds; nothing has changed.

@@ -1,7 +1,7 @@
 """What every elastic layer has: storage at capacity, dims, a layout, and the way from and to its dense twin.
 
-A concrete layer subclasses :class:`ElasticLayer` and its ``nn`` class, says which dims run through which tensor, builds a dense layer of its
-active size, and calls its op. Nothing here computes.
+A concrete layer subclasses :class:`ElasticLayer` and its ``nn`` class, says which dims run through which tensor, builds a dense layer of
+its active size, and calls its op. Nothing here computes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ class ElasticLayer(nn.Module):
     """Base of all elastic layers; mixed in before the ``nn`` class whose place the layer takes."""
 
     dense_class: ClassVar[type[nn.Module]]
+    #: What `grow` writes to newborn units, per tensor and axis: "draw" from the layer's law, "zero" or "one".
+    newborn: ClassVar[dict[str, tuple[str, ...]]]
+    #: Whether one unit's output depends on the others of the same dim, so that no newborn unit can leave the function as it is.
+    mixes_units: ClassVar[bool] = False
     _widths: Widths
 
     # What a concrete layer supplies
@@ -36,7 +40,7 @@ class ElasticLayer(nn.Module):
         """A freshly initialised ``nn`` layer of the active size."""
         raise NotImplementedError
 
-    def _dormant_bound(self) -> float:
+    def _init_bound(self) -> float:
         """The half-width of the uniform law that ``nn`` would draw weights from at the active size."""
         raise NotImplementedError
 
@@ -87,7 +91,7 @@ class ElasticLayer(nn.Module):
 
     def _fill_dormant(self, name: str, storage: Tensor) -> None:
         """Give all of ``storage`` finite values of the law that the active slice is drawn from."""
-        bound = self._dormant_bound()
+        bound = self._init_bound()
         storage.uniform_(-bound, bound, generator=_private_generator(storage.device))
 
     def reset_parameters(self) -> None:
@@ -155,8 +159,9 @@ class ElasticLayer(nn.Module):
         tensor = next((t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None)
         self._widths.bind(torch.device("cpu") if tensor is None else tensor.device)
         for name, axes in self.tensor_axes().items():
-            if self._parameters.get(name) is not None:
-                registry.register(self._parameters[name], axes, self._widths.switches)
+            parameter = self._parameters.get(name)
+            if parameter is not None:
+                registry.register(parameter, axes, self._widths.switches)
 
     def govern(self, switch: Switch) -> None:
         """Put the layer under the switch of a block around it."""
@@ -196,7 +201,9 @@ def resolve_dim(label: str, size: int, what: str, capacity: int | None, dim: Axi
     if not isinstance(dim, Axis):
         raise CapacityError(f"{label}: dim for {what}: expected an ElasticDim or a derived axis, got {type(dim).__name__}.")
     if capacity is not None:
-        raise CapacityError(f"{label}: max_{what} and a dim for {what} were both given. The dim has a capacity of its own; drop max_{what}.")
+        raise CapacityError(
+            f"{label}: max_{what} and a dim for {what} were both given. The dim has a capacity of its own; drop max_{what}."
+        )
     if dim.active != exact_int(size, label, what):
         raise CapacityError(f"{label}: {what}: expected {dim.active}, the active size of the dim given, got {size}.")
     return dim

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -35,6 +35,7 @@ class ElasticLinear(ElasticLayer, nn.Linear):
     """
 
     dense_class = nn.Linear
+    newborn: ClassVar = {"weight": ("draw", "zero"), "bias": ("draw",)}
     in_dim: Axis
     out_dim: Axis
 
@@ -87,7 +88,7 @@ class ElasticLinear(ElasticLayer, nn.Linear):
     def _dense(self, device: Any, dtype: Any) -> nn.Linear:
         return nn.Linear(self.in_dim.active, self.out_dim.active, self.bias is not None, device, dtype)
 
-    def _dormant_bound(self) -> float:
+    def _init_bound(self) -> float:
         return 1 / math.sqrt(self.in_dim.active)
 
     def extra_repr(self) -> str:

@@ -44,8 +44,8 @@ def backend_info() -> dict[str, Any]:
     """What serves the ops here, and why not more.
 
     Returns:
-        ``choice`` (``ESPER_ELASTIC_BACKEND`` or ``"auto"``), ``backends`` (name -> ``True``, or the reason why it is not available), and the
-        versions of ``torch`` and of the parallel runtime's ``threads``.
+        ``choice`` (``ESPER_ELASTIC_BACKEND`` or ``"auto"``), ``backends`` (name -> ``True``, or why it is not available), the version
+        of ``torch`` and the number of ``threads``.
     """
     return {
         "choice": CHOICE,

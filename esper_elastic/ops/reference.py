@@ -1,7 +1,7 @@
 """The meaning of every op, in plain PyTorch: slice what is active, call the ``torch.nn.functional`` op, put the result in its place.
 
-Differentiable as often as wanted, and what runs under ``torch.func``. Widths come from the host mirror. The other backends are tested against
-this file.
+Differentiable as often as wanted, and what runs under ``torch.func``. Widths come from the host mirror. The other backends are tested
+against this file.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class _Fence(torch.autograd.Function):
 
 
 def fence(output: Tensor, widths: Widths) -> Tensor:
-    """Make the backward of ``output`` raise after a commit. Inside a traced or functional transform the transform itself holds the graph."""
+    """Make the backward of ``output`` raise after a commit. Inside a traced or functional transform that holds the graph."""
     if not output.requires_grad or torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return output
     return _Fence.apply(output, widths.control, widths.label)
