@@ -3,7 +3,7 @@
 from . import errors
 from .control import ControlBlock, ElasticDim, concat
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
-from .layers import ElasticLinear
+from .layers import ElasticConv2d, ElasticLinear
 from .ops import backend_info
 
 __version__ = "0.1.0"
@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CapacityError",
     "ControlBlock",
+    "ElasticConv2d",
     "ElasticDim",
     "ElasticError",
     "ElasticLinear",

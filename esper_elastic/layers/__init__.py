@@ -1,6 +1,7 @@
 """Elastic layers: drop-ins for ``torch.nn`` whose widths are data."""
 
 from .base import ElasticLayer
+from .conv import ElasticConv2d
 from .linear import ElasticLinear
 
-__all__ = ["ElasticLayer", "ElasticLinear"]
+__all__ = ["ElasticConv2d", "ElasticLayer", "ElasticLinear"]
