@@ -6,6 +6,7 @@
 //
 // The convolutions are ATen's. They want dense operands, so the active slice of the weight is copied below capacity, and in static layout
 // the active channels of the activations are.
+#include "gradient.h"
 #include "widths.h"
 
 #include <ATen/autocast_mode.h>
@@ -85,9 +86,8 @@ Tensor conv2d_native(
 Tensor scatter_weight(const Tensor& part, const Tensor& weight, const Plan& plan, bool grouped) {
   const auto format = weight.suggest_memory_format();
   if (part.numel() == weight.numel()) return part.to(weight.scalar_type()).contiguous(format);
-  const double fraction = static_cast<double>(part.numel()) / std::max<int64_t>(weight.numel(), 1);
-  Tensor whole = zeros_for_gradient(weight, fraction, format);
   const Runs columns = grouped ? Runs{{0, weight.size(1)}} : plan.columns;
+  Tensor whole = zeros_for_gradient(weight, plan.rows, columns, format);
   int64_t row = 0;
   for (const Run& r : plan.rows) {
     int64_t column = 0;
@@ -126,7 +126,7 @@ Gradients conv2d_backward_native(
   } else if (gw.defined()) {
     gw = scatter_weight(gw, weight, plan, grouped);
   } else {
-    gw = zeros_for_gradient(weight, 0, weight.suggest_memory_format());
+    gw = at::zeros_like(weight, weight.suggest_memory_format());
   }
   const Tensor part = gb;
   gb = at::zeros({mask[2] ? weight.size(0) : 0}, weight.options());
@@ -204,7 +204,8 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
       gradients = differentiable_backward(
           grad, input, weight, control, slots, stride, padding, dilation, grouped, width.has_value(), mask);
     } else {
-      at::AutoDispatchBelowADInplaceOrView guard;
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      const KeepGradients keep;
       static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("esper_elastic::conv2d_backward", "").typed<Backward>();
       gradients = op.call(grad, input, weight, control, slots, stride, padding, dilation, grouped, width, mask);
     }

@@ -2,9 +2,6 @@
 
 #include "widths.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <torch/csrc/Exceptions.h>
 
 namespace esper {
@@ -80,18 +77,6 @@ at::Tensor embed(const at::Tensor& part, int64_t axis, const Runs& runs, int64_t
   }
   fill(size - end);
   return at::cat(parts, axis);
-}
-
-at::Tensor zeros_for_gradient(const at::Tensor& like, double active_fraction, at::MemoryFormat format) {
-  constexpr size_t kWorthwhile = size_t{1} << 18;
-  const size_t bytes = like.numel() * like.element_size();
-  if (!like.is_cpu() || bytes < kWorthwhile || active_fraction > 0.8) return at::zeros_like(like, format);
-  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pages == MAP_FAILED) return at::zeros_like(like, format);
-  madvise(pages, bytes, MADV_NOHUGEPAGE);  // a huge page would zero what nobody reads
-  const auto strides = format == at::MemoryFormat::ChannelsLast ? c10::get_channels_last_strides_2d(like.sizes())
-                                                                : c10::contiguous_strides(like.sizes());
-  return at::from_blob(pages, like.sizes(), strides, [bytes](void* begin) { munmap(begin, bytes); }, like.options());
 }
 
 void zero_dormant(at::Tensor& tensor, int64_t axis, const Runs& runs) {

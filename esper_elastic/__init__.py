@@ -2,24 +2,34 @@
 
 from . import errors
 from .control import ControlBlock, ElasticDim, concat
+from .convert import export
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
-from .layers import ElasticConv2d, ElasticLinear
+from .layers import ElasticBlock, ElasticConv2d, ElasticLinear
+from .model import control_block, dims, disable, enable, resize, set_layout
 from .ops import backend_info
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CapacityError",
     "ControlBlock",
-    "ElasticConv2d",
     "ElasticDim",
-    "ElasticError",
+    "concat",
+    "ElasticBlock",
     "ElasticLinear",
+    "ElasticConv2d",
+    "backend_info",
+    "control_block",
+    "dims",
+    "disable",
+    "enable",
+    "export",
+    "resize",
+    "set_layout",
+    "errors",
+    "ElasticError",
+    "CapacityError",
     "LayoutError",
     "SurgeryError",
     "TopologyError",
     "TransactionError",
-    "backend_info",
-    "concat",
-    "errors",
 ]
