@@ -8,6 +8,7 @@ this file asks and never writes.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from . import followers
 from .control import ElasticDim, exact_int, install_verb
 from .errors import CapacityError, OptimizerError
-from .layers.units import Place, distinct, is_parameter, places
+from .layers.units import Place, block, distinct, is_parameter, places
 
 #: Raw shares of split consumer columns are drawn from here, before those of one parent are scaled to sum to one.
 _SHARE_RANGE = (0.5, 1.5)
@@ -67,8 +68,8 @@ def keep(dim: ElasticDim, indices: Iterable[Any] | Tensor) -> None:
     chosen = _chosen(dim, indices, active, where)
     if len(chosen) == active:
         return
-    _checked(dim, where)
     staying = set(chosen)
+    _require_whole_blocks(_checked(dim, where), staying, active, where)
     order = torch.tensor(chosen + [unit for unit in range(active) if unit not in staying])
 
     def move() -> None:
@@ -145,6 +146,18 @@ def _chosen(dim: ElasticDim, indices: Any, active: int, where: str) -> list[int]
     return chosen
 
 
+def _require_whole_blocks(found: list[Place], staying: set[int], active: int, where: str) -> None:
+    for place in found:
+        size = block(place)
+        for first in range(0, active, size):
+            here = [unit for unit in range(first, first + size) if unit in staying]
+            if here and len(here) < size:
+                raise CapacityError(
+                    f"{where}: {place.layer._widths.label} computes the units in groups of {size}: expected all or none of units "
+                    f"{first} to {first + size - 1}, got {_listed(here)} alone. Choose whole groups."
+                )
+
+
 def _listed(values: list[int]) -> str:
     return ", ".join(str(value) for value in values[:5]) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
 
@@ -168,8 +181,9 @@ def _split(found: list[Place], active: int, n: int) -> None:
 
     Source: Chen, Goodfellow, Shlens: Net2Net (ICLR 2016), section 2.3, with shares in the place of its noise.
     """
-    count = n - active
-    parents = torch.randperm(active).repeat(-(-count // active))[:count]
+    count, size = n - active, math.lcm(*(block(place) for place in found))
+    families = torch.randperm(active // size).repeat(-(-count // active))[: count // size]
+    parents = (families[:, None] * size + torch.arange(size)).flatten()
     for place in sorted(distinct(found), key=lambda place: place.consumes):
         axis, units = place.unit_axis, place.units(place.tensor)
         here = parents.to(units.device)

@@ -78,7 +78,7 @@ def everything(module):
 
 
 def dims_of(module):
-    return [dim for layer in module.modules() if isinstance(layer, ee.ElasticLinear) for axis in layer._widths.axes for dim in axis.dims]
+    return [dim for layer in module.modules() if hasattr(layer, "_widths") for axis in layer._widths.axes for dim in axis.dims]
 
 
 def assert_same(before, after):
@@ -621,3 +621,120 @@ def test_two_dims_that_cross_grow_in_one_batch_in_any_order(init, hidden_first):
             dim.grow(8, init=init)
     tolerance = 0 if init == "zero" else 1e-13
     torch.testing.assert_close(net(input), before, rtol=tolerance, atol=tolerance)
+
+
+# Convolutions
+
+
+class Images(nn.Module):
+    """Two convolutions, a depthwise one between them, flattened into a linear layer; float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = ee.ElasticConv2d(2, 4, 3, padding=1, max_out_channels=9, dtype=torch.float64)
+        self.depthwise = ee.ElasticConv2d(4, 4, 3, padding=1, groups=4, in_dim=self.first.out_dim, dtype=torch.float64)
+        self.second = ee.ElasticConv2d(4, 3, 3, in_dim=self.first.out_dim, max_out_channels=6, dtype=torch.float64)
+        self.head = ee.ElasticLinear(12, 5, in_dim=self.second.out_dim * 4, dtype=torch.float64)
+        self.hidden, self.last = self.first.out_dim, self.second.out_dim
+
+    def forward(self, input):
+        return self.head(self.second(self.depthwise(self.first(input)).relu()).relu().flatten(1))
+
+
+@pytest.mark.parametrize("layout", ["compact", "static"])
+@pytest.mark.parametrize("init", ["zero", "split"])
+def test_convolutions_keep_their_function(init, layout):
+    net = integral(Images())
+    poison(*net.children())
+    for layer in net.children():
+        layer.layout = layout
+    input = batch(3, 2, 4, 4)
+    before = net(input)
+    net.hidden.grow(7, init=init)
+    net.last.grow(6, init=init)
+    tolerance = 0 if init == "zero" else 1e-12
+    torch.testing.assert_close(net(input), before, rtol=tolerance, atol=tolerance)
+    if init == "zero":
+        for layer in (net.first, net.depthwise):
+            assert layer.weight[4:7].isfinite().all()
+        assert net.second.weight[:3, 4:7].eq(0).all()
+        assert net.head.weight[:, 12:].eq(0).all()
+
+
+def test_convolutions_keep_the_chosen_channels():
+    net = integral(Images())
+    poison(*net.children())
+    input = batch(3, 2, 4, 4)
+    full = net(input)
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        for channel in (0, 2):
+            twin.second.weight[:, channel] = 0
+        twin.head.weight[:, 4:8] = 0  # channel 1 of the flattened ones
+    expected = twin(input)
+    net.hidden.keep([3, 1])
+    net.last.keep([0, 2])
+    assert torch.equal(net(input), expected)
+    net.hidden.resize(4)
+    net.last.resize(3)
+    assert torch.equal(net(input), full)
+
+
+class Grouped(nn.Module):
+    """A grouped convolution over a dim that counts channels, two of which are a group."""
+
+    def __init__(self):
+        super().__init__()
+        dim = ee.ElasticDim(6, 12, multiple_of=2, name="channels")
+        self.first = ee.ElasticConv2d(2, 6, 1, out_dim=dim, dtype=torch.float64)
+        self.grouped = ee.ElasticConv2d(6, 6, 1, groups=3, in_dim=dim, dtype=torch.float64)
+        self.last = ee.ElasticConv2d(6, 4, 1, in_dim=dim, dtype=torch.float64)
+        self.dim = dim
+
+    def forward(self, input):
+        return self.last(self.grouped(self.first(input)).relu())
+
+
+@pytest.mark.parametrize("init", ["zero", "split"])
+def test_groups_are_born_whole(init):
+    net = integral(Grouped())
+    poison(*net.children())
+    input = batch(3, 2, 4, 4)
+    before = net(input)
+    net.dim.grow(10, init=init)
+    tolerance = 0 if init == "zero" else 1e-12
+    torch.testing.assert_close(net(input), before, rtol=tolerance, atol=tolerance)
+
+
+def test_groups_are_pruned_whole():
+    net = integral(Grouped())
+    input = batch(3, 2, 4, 4)
+    refused(
+        net,
+        lambda: net.dim.keep([0, 1, 2, 5]),
+        ee.CapacityError,
+        r"'channels': keep: ElasticConv2d computes the units in groups of 2: expected all or none of units 2 to 3, got 2 alone",
+    )
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        twin.last.weight[:, 2:4] = 0
+    net.dim.keep([0, 1, 4, 5])
+    assert torch.equal(net(input), twin(input))
+
+
+def test_a_dim_of_groups_moves_all_channels_of_a_group():
+    grouped = ee.ElasticConv2d(6, 9, 1, groups=3, max_in_channels=12, dtype=torch.float64)
+    first = ee.ElasticConv2d(2, 6, 1, out_dim=grouped.in_dim, dtype=torch.float64)
+    last = ee.ElasticConv2d(9, 4, 1, in_dim=grouped.out_dim, dtype=torch.float64)
+    integral(first, grouped, last)
+    poison(first, grouped, last)
+    (groups,) = grouped.in_dim.dims
+    input = batch(3, 2, 4, 4)
+    before = last(grouped(first(input)).relu())
+    groups.grow(4)
+    assert torch.equal(last(grouped(first(input)).relu()), before)
+    groups.grow(6, init="split")
+    torch.testing.assert_close(last(grouped(first(input)).relu()), before, rtol=1e-12, atol=1e-12)
+    groups.keep([0, 2])
+    assert grouped.weight.shape == (18, 2, 1, 1)
+    assert last(grouped(first(input)).relu()).isfinite().all()

@@ -6,6 +6,7 @@ units by it, :mod:`esper_elastic.importance` scores them.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +93,11 @@ def places(dim: ElasticDim, where: str) -> list[Place]:
         consumes = newborn[axis] == "zero" and "draw" in newborn
         found.append(Place(tensor, axis, start, outer, dim.capacity, inner, layer, name, newborn[axis], consumes))
     return found
+
+
+def block(place: Place) -> int:
+    """How many neighbouring units are one to the layer, as the channels of a group are where the dim counts channels."""
+    return math.lcm(place.inner, place.layer.inseparable) // place.inner
 
 
 def distinct(found: list[Place]) -> list[Place]:
