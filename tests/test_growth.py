@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import esper_elastic as ee
+from esper_elastic import followers
 from esper_elastic.errors import GenerationError, OptimizerError, OwnerError
 
 # What the tests share
@@ -738,3 +739,55 @@ def test_a_dim_of_groups_moves_all_channels_of_a_group():
     groups.keep([0, 2])
     assert grouped.weight.shape == (18, 2, 1, 1)
     assert last(grouped(first(input)).relu()).isfinite().all()
+
+
+# Optimizers
+
+
+class FollowingSGD(torch.optim.SGD):
+    """Momentum that follows its units, by the plainest means."""
+
+    def __init__(self, params):
+        super().__init__(params, lr=0.1, momentum=0.9)
+        followers.follow(self)
+
+    def permute_state(self, param, axis, order):
+        assert order.tolist() != list(range(param.shape[axis]))
+        assert sorted(order.tolist()) == list(range(param.shape[axis]))
+        momentum = self.state[param]["momentum_buffer"]
+        momentum.copy_(momentum.index_select(axis, order))
+
+    def reset_state(self, param, axis, start, stop):
+        self.state[param]["momentum_buffer"].narrow(axis, start, stop - start).zero_()
+
+
+@pytest.mark.parametrize("verb", ["keep", "zero", "split"])
+def test_optimizer_state_follows_its_units(verb):
+    """The state is that of a twin whose momentum is the weights themselves, whatever moves."""
+    first = ee.ElasticLinear(3, 4, max_out_features=7, max_in_features=4)
+    d, e = first.out_dim, ee.ElasticDim(2, 3)
+    axis = ee.concat(d * 2, e, d, d)
+    last = ee.ElasticLinear(axis.active, 2, in_dim=axis, max_out_features=3)
+    optimizer = FollowingSGD([*first.parameters(), *last.parameters()])
+    for parameter in (first.weight, first.bias, last.weight):
+        optimizer.state[parameter]["momentum_buffer"] = parameter.detach().clone()
+    if verb == "keep":
+        d.keep([3, 1])
+        for parameter in (first.weight, first.bias, last.weight):
+            assert torch.equal(optimizer.state[parameter]["momentum_buffer"], parameter)
+    else:
+        before = {p: optimizer.state[p]["momentum_buffer"].clone() for p in (first.weight, first.bias, last.weight)}
+        d.grow(6, init=verb)
+        columns = torch.tensor([8, 9, 10, 11, 21, 22, 28, 29])  # 4 and 5 of: d * 2 at 0, d at 17, d at 24
+        for parameter, index in ((first.weight, 0), (first.bias, 0), (last.weight, 1)):
+            newborn = torch.tensor([4, 5]) if parameter is not last.weight else columns
+            expected = before[parameter].index_fill(index, newborn, 0)
+            assert torch.equal(optimizer.state[parameter]["momentum_buffer"], expected)
+
+
+def test_a_follower_without_state_is_left_alone():
+    net = Net()
+    optimizer = FollowingSGD(net.parameters())
+    net.hidden.grow(6)
+    net.hidden.keep([0, 5])
+    assert not optimizer.state
