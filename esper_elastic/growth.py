@@ -177,14 +177,14 @@ def _draw(found: list[Place], active: int, n: int) -> None:
 
 
 def _split(found: list[Place], active: int, n: int) -> None:
-    """Copies first, then the division: a weight with the dim on both axes divides the columns of its copied rows too.
+    """Copies of producers, shares of consumers; each over the full capacity of what crosses, so that their order does not matter.
 
     Source: Chen, Goodfellow, Shlens: Net2Net (ICLR 2016), section 2.3, with shares in the place of its noise.
     """
     count, size = n - active, math.lcm(*(block(place) for place in found))
     families = torch.randperm(active // size).repeat(-(-count // active))[: count // size]
     parents = (families[:, None] * size + torch.arange(size)).flatten()
-    for place in sorted(distinct(found), key=lambda place: place.consumes):
+    for place in distinct(found):
         axis, units = place.unit_axis, place.units(place.tensor)
         here = parents.to(units.device)
         copies = units.index_select(axis, here)
