@@ -12,6 +12,13 @@ TORCH_LIBRARY(esper_elastic, m) {
   m.def("linear_grad_input(Tensor grad, Tensor weight, Tensor control, Tensor slots, SymInt? width, SymInt in_width) -> Tensor");
   m.def("linear_grad_weight(Tensor grad, Tensor input, Tensor weight, Tensor control, Tensor slots, SymInt? width) -> Tensor");
   m.def("linear_grad_bias(Tensor grad, Tensor bias, Tensor control, Tensor slots, SymInt? width) -> Tensor");
+  // Optimizer steps on active elements; see optim.cpp for counts and plans.
+  m.def(
+      "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
+      "Tensor(e!)[] counts, Tensor[] plans, float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize) -> ()");
+  m.def(
+      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor(c!)[] counts, Tensor[] plans, float lr, float momentum, "
+      "float dampening, float weight_decay, bool nesterov, bool maximize) -> ()");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C() {

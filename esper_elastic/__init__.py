@@ -1,6 +1,6 @@
 """Elastic capacity for PyTorch: layers own weights at a capacity, a control block says what is active, kernels compute on that alone."""
 
-from . import errors
+from . import errors, optim
 from .control import ControlBlock, ElasticDim, concat
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
 from .layers import ElasticLinear
@@ -21,4 +21,5 @@ __all__ = [
     "backend_info",
     "concat",
     "errors",
+    "optim",
 ]
