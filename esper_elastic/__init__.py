@@ -1,6 +1,6 @@
 """Elastic capacity for PyTorch: layers own weights at a capacity, a control block says what is active, kernels compute on that alone."""
 
-from . import errors, growth, importance
+from . import errors, growth, importance, optim
 from .control import ControlBlock, ElasticDim, concat
 from .convert import export
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
@@ -27,6 +27,7 @@ __all__ = [
     "set_layout",
     "growth",
     "importance",
+    "optim",
     "errors",
     "ElasticError",
     "CapacityError",
