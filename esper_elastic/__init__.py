@@ -2,23 +2,33 @@
 
 from . import errors
 from .control import ControlBlock, ElasticDim, concat
+from .convert import export
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
-from .layers import ElasticLinear
+from .layers import ElasticBlock, ElasticLinear
+from .model import control_block, dims, disable, enable, resize, set_layout
 from .ops import backend_info
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CapacityError",
     "ControlBlock",
     "ElasticDim",
-    "ElasticError",
+    "concat",
+    "ElasticBlock",
     "ElasticLinear",
+    "backend_info",
+    "control_block",
+    "dims",
+    "disable",
+    "enable",
+    "export",
+    "resize",
+    "set_layout",
+    "errors",
+    "ElasticError",
+    "CapacityError",
     "LayoutError",
     "SurgeryError",
     "TopologyError",
     "TransactionError",
-    "backend_info",
-    "concat",
-    "errors",
 ]

@@ -142,6 +142,14 @@ class ControlBlock:
             prepare()
         self.commit(((entry, value),))
 
+    def stage_all(self, changes: Iterable[tuple[_Entry, int]]) -> None:
+        """:meth:`stage` for several entries at once."""
+        if self._batch is not None:
+            self._require_owner()
+            self._batch.values.update(changes)
+        else:
+            self.commit(changes)
+
     def commit(self, changes: Iterable[tuple[_Entry, int]]) -> None:
         """Publish valid values in one write: host mirror, versions, generation, device replicas. Nothing happens where nothing changes.
 
@@ -281,6 +289,7 @@ class _Entry:
     """One int of a control block: its slot, its mirrored value, and the layers that read it."""
 
     name: str | None
+    path: str | None = None
 
     def __init__(self, value: int, name: str | None) -> None:
         self.name = name
@@ -291,8 +300,9 @@ class _Entry:
 
     @property
     def label(self) -> str:
-        """How messages call this entry."""
-        return f"{type(self).__name__} {self.name!r}" if self.name else type(self).__name__
+        """How messages call this entry: by the name it was given, or the path where a model-level call found it."""
+        name = self.name or self.path
+        return f"{type(self).__name__} {name!r}" if name else type(self).__name__
 
     @property
     def staged(self) -> int:

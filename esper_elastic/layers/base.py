@@ -197,7 +197,7 @@ class ElasticLayer(nn.Module):
         """Put the layer under the switch of a block around it."""
         if not any(known is switch for known in self._widths.switches):
             self._widths.switches += (switch,)
-            ControlBlock.merge((self._widths.axes[0].dims[0].block, switch.block))
+            ControlBlock.merge((self._widths.block, switch.block))
             switch.attach(self)
             self.bind_control()
 

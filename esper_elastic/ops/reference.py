@@ -22,7 +22,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, widths: Widths) -
     rows, columns = widths.axes
     w = active_slice(active_slice(weight, 0, rows), 1, columns)
     b = None if bias is None else active_slice(bias, 0, rows)
-    return fence(leave(F.linear(enter(input, -1, columns, widths), w, b), -1, rows, widths), widths)
+    output = leave(F.linear(enter(input, -1, columns, widths), w, b), -1, rows, widths)
+    return fence(output, widths.control, widths.label)
 
 
 def active_slice(tensor: Tensor, index: int, axis: Axis) -> Tensor:
@@ -90,8 +91,8 @@ class _Fence(torch.autograd.Function):
         return grads[0], None, None
 
 
-def fence(output: Tensor, widths: Widths) -> Tensor:
+def fence(output: Tensor, control: Tensor, label: str) -> Tensor:
     """Make the backward of ``output`` raise after a commit. Inside a traced or functional transform that holds the graph."""
     if not output.requires_grad or torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return output
-    return _Fence.apply(output, widths.control, widths.label)
+    return _Fence.apply(output, control, label)

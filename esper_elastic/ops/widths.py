@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..control import Axis, Switch
+from ..control import Axis, ControlBlock, Switch
 from ..errors import LayoutError
 from .backend import native_serves
 
@@ -35,13 +35,17 @@ class Widths:
         self.switches: tuple[Switch, ...] = ()
         self.static = False
 
+    @property
+    def block(self) -> ControlBlock:
+        """The control block of the layer."""
+        return self.axes[0].segments[0].dim.block
+
     def bind(self, device: torch.device) -> None:
         """Look up the control tensor and the slots for operands on ``device``."""
         rows = [(index, s.dim.slot, s.start, s.inner) for index, axis in enumerate(self.axes) for s in axis.segments]
         rows += [(-1, switch.slot, 0, 0) for switch in self.switches]
-        block = self.axes[0].dims[0].block
         home = device if self.static else torch.device("cpu")
-        self.control = block.on(home)
+        self.control = self.block.on(home)
         with torch.inference_mode(False):
             self.slots = torch.tensor(rows, dtype=torch.int32, device="cpu" if home.type == "meta" else home)
         self.native = native_serves(device, self.static)
