@@ -156,7 +156,7 @@ class ElasticLayer(nn.Module):
 
     @torch.no_grad()
     def _filled(self, name: str, axes: tuple[Axis | None, ...], storage: Tensor, source: Tensor, assign: bool) -> Tensor:
-        """``storage`` with ``source`` in its active slice: itself, or with ``assign`` a new tensor of the dtype and device of ``source``."""
+        """``storage`` with ``source`` in its active slice: itself, or with ``assign`` a new tensor of the kind of ``source``."""
         if storage.is_meta and not assign:
             return source.new_zeros(()).expand(storage.shape)  # for torch to warn of, and to load nothing from
         if assign:

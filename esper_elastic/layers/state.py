@@ -12,11 +12,12 @@ modules carry nothing, hence nothing to copy, pickle or leave behind, and trees 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def wrap_module_methods() -> None:
         return load(self, state_dict, strict, assign)
 
     state_dict._speaks_of_widths = True  # type: ignore[attr-defined]
-    nn.Module.state_dict = state_dict  # type: ignore[method-assign, assignment]
+    nn.Module.state_dict = state_dict  # type: ignore[method-assign]
     nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
 
@@ -74,17 +75,24 @@ class _Call(threading.local):
 
 
 class Names(NamedTuple):
-    """The dims and switches below a module, each named after the first place that uses it: ``fc1.out``, ``block2.switch``."""
+    """The dims and switches below a module by the places that use them: ``fc1.out``, ``block2.switch``. A shared dim has several."""
 
     dims: dict[str, ElasticDim]
     switches: dict[str, Switch]
 
 
 def names(root: nn.Module) -> Names:
-    """Name what is elastic below ``root``, by module path and attribute; wrappers around the whole model do not count as a level."""
+    """Name what is elastic below ``root``, by module path and attribute, in the order of modules.
+
+    Where ``root`` only wraps one module, as data parallel, averaged and compiled ones do, the paths start at that one.
+    """
+    while len(root._modules) == 1 and not _is_elastic(root):
+        name, child = next(iter(root._modules.items()))
+        if child is None or name not in _WRAPPER_CHILDREN:
+            break
+        root = child
     found = Names({}, {})
-    seen: set[int] = set()
-    for path, module in _unwrap(root).named_modules():
+    for path, module in root.named_modules():
         if not _is_elastic(module):
             continue
         for attribute, value in vars(module).items():
@@ -92,33 +100,14 @@ def names(root: nn.Module) -> Names:
             if isinstance(value, Axis):
                 dims = value.dims
                 for index, dim in enumerate(dims):
-                    if id(dim) not in seen:
-                        seen.add(id(dim))
-                        found.dims[place if len(dims) == 1 else f"{place}.{index}"] = dim
-            elif isinstance(value, Switch) and id(value) not in seen:
-                seen.add(id(value))
+                    found.dims[place if len(dims) == 1 else f"{place}.{index}"] = dim
+            elif isinstance(value, Switch):
                 found.switches[place] = value
     return found
 
 
 def _is_elastic(module: nn.Module) -> bool:
     return hasattr(type(module), "tensor_axes")
-
-
-def _wrappers(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``root`` and the modules that it merely wraps, from outside in, each with the prefix of its keys."""
-    prefix = ""
-    yield prefix, root
-    while len(root._modules) == 1 and not _is_elastic(root):
-        name, child = next(iter(root._modules.items()))
-        if child is None or name not in _WRAPPER_CHILDREN:
-            return
-        prefix, root = f"{prefix}{name}.", child
-        yield prefix, root
-
-
-def _unwrap(root: nn.Module) -> nn.Module:
-    return list(_wrappers(root))[-1][1]
 
 
 # Saving
@@ -129,9 +118,10 @@ def root_entry(root: nn.Module) -> Tensor | None:
     dims, switches = names(root)
     if all(dim.active == dim.capacity for dim in dims.values()) and all(switch.on for switch in switches.values()):
         return None
+    first = {id(dim): name for name, dim in reversed(dims.items())}
     content = {
         "format": FORMAT,
-        "widths": {name: dim.active for name, dim in dims.items()},
+        "widths": {name: dim.active for name, dim in dims.items() if first[id(dim)] == name},
         "switches": {name: switch.on for name, switch in switches.items()},
         "journal": [],
     }
@@ -158,16 +148,15 @@ def apply_widths(root: nn.Module, state_dict: Mapping[str, Any], strict: bool) -
     known = names(root)
     if not known.dims and not known.switches:
         return state_dict
-    keys = [prefix + ROOT_KEY for prefix, _ in _wrappers(root)]
-    entries = [state_dict[key] for key in keys if key in state_dict]
+    entries = _entries(root, state_dict)
     tensors = list(_tensors(root, state_dict))
     problems: list[str] = []
     widths: dict[ElasticDim, int] = {}
     switches: dict[Switch, int] = {}
-    if entries:
-        widths, switches = _from_entry(entries[0], known, strict, problems)
-    elif any(not tensor.at_capacity for tensor in tensors):
-        widths = _Solver({id(dim): name for name, dim in known.dims.items()}, problems).solve(tensors)
+    for key, below in entries.items():
+        _read_entry(key, state_dict[key], below, strict, widths, switches, problems)
+    if not entries and any(not tensor.at_capacity for tensor in tensors):
+        widths = _Solver({id(dim): name for name, dim in reversed(known.dims.items())}, problems).solve(tensors)
     if not problems:
         problems += [tensor.mismatch() for tensor in tensors if not (tensor.at_capacity or tensor.fits(widths))]
     if problems:
@@ -176,45 +165,66 @@ def apply_widths(root: nn.Module, state_dict: Mapping[str, Any], strict: bool) -
     if changes:
         every = (*known.dims.values(), *known.switches.values())
         ControlBlock.merge(entry.block for entry in every).commit(changes)
-    return _without(state_dict, keys) if entries else state_dict
+    return _without(state_dict, entries) if entries else state_dict
 
 
-def _without(state_dict: Mapping[str, Any], keys: list[str]) -> Mapping[str, Any]:
+def _entries(root: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Names]:
+    """The root keys in ``state_dict``, and the names that each may use: one, or those of several that were put together."""
+    entries = {}
+    for key in state_dict:
+        path, dot, last = key.rpartition(".")
+        if last == ROOT_KEY:
+            with contextlib.suppress(AttributeError):
+                entries[key] = names(root.get_submodule(path) if dot else root)
+    return entries
+
+
+def _without(state_dict: Mapping[str, Any], keys: Container[str]) -> Mapping[str, Any]:
     rest: Any = OrderedDict((key, value) for key, value in state_dict.items() if key not in keys)
     if hasattr(state_dict, "_metadata"):
         rest._metadata = state_dict._metadata
     return rest
 
 
-def _from_entry(entry: Any, known: Names, strict: bool, problems: list[str]) -> tuple[dict[ElasticDim, int], dict[Switch, int]]:
-    """The widths and switches that the root key says. Names that are unknown here are a problem, unless loading is lenient."""
+def _read_entry(
+    key: str,
+    entry: Any,
+    known: Names,
+    strict: bool,
+    widths: dict[ElasticDim, int],
+    switches: dict[Switch, int],
+    problems: list[str],
+) -> None:
+    """Add the widths and switches that a root key says. Names that are unknown here are a problem, unless loading is lenient."""
     try:
         content = json.loads(bytes(entry.detach().to("cpu", torch.uint8).tolist()))
-        version, widths, switches, journal = (content[field] for field in ("format", "widths", "switches", "journal"))
+        version, said, positions, journal = (content[field] for field in ("format", "widths", "switches", "journal"))
     except Exception as error:
-        problems.append(f"{ROOT_KEY}: expected a uint8 tensor of JSON, got {entry!r} ({error}). Drop the key to load tensors alone.")
-        return {}, {}
+        problems.append(f"{key}: expected a uint8 tensor of JSON, got {entry!r} ({error!r}). Drop the key to load tensors alone.")
+        return
     if version != FORMAT:
-        problems.append(f"{ROOT_KEY}: format: expected {FORMAT}, got {version!r}. It was written by another version of esper_elastic.")
-        return {}, {}
+        problems.append(
+            f"{key}: format: expected {FORMAT}, got {version!r}. Another version of esper_elastic wrote it; load it with that one."
+        )
+        return
     if journal:
-        problems.append(f"{ROOT_KEY}: journal: expected no edits, got {len(journal)}. Replay them on the model first.")
-    if strict:
-        unknown = [name for name in widths if name not in known.dims] + [name for name in switches if name not in known.switches]
-        if unknown:
-            have = ", ".join((*known.dims, *known.switches))
-            problems.append(
-                f"{ROOT_KEY}: no dim or switch here is called {', '.join(map(repr, unknown))}; this model has {have}. "
-                "Was the checkpoint saved from another model? strict=False ignores such names."
-            )
-    found: dict[ElasticDim, int] = {}
-    for name, width in widths.items():
-        if name in known.dims:
-            try:
-                found[known.dims[name]] = known.dims[name].admit(width)
-            except CapacityError as error:
-                problems.append(f"{ROOT_KEY}: {name!r}: {error}")
-    return found, {known.switches[name]: int(bool(on)) for name, on in switches.items() if name in known.switches}
+        problems.append(f"{key}: journal: expected no edits, got {len(journal)}. Replay them on the model first.")
+    unknown = [name for name in said if name not in known.dims] + [name for name in positions if name not in known.switches]
+    if strict and unknown:
+        problems.append(
+            f"{key}: expected names of dims and switches here, {', '.join((*known.dims, *known.switches))}; got {', '.join(unknown)}. "
+            "Was it saved from another model? strict=False ignores unknown names."
+        )
+    for name, width in said.items():
+        dim = known.dims.get(name)
+        if dim is None:
+            continue
+        try:
+            if widths.setdefault(dim, dim.admit(width)) != width:
+                problems.append(f"{key}: {name}: expected {widths[dim]}, as for another axis that shares the dim here, got {width}.")
+        except CapacityError as error:
+            problems.append(f"{key}: {name}: {error}")
+    switches.update((known.switches[name], int(bool(on))) for name, on in positions.items() if name in known.switches)
 
 
 class _Loaded(NamedTuple):
@@ -254,7 +264,7 @@ def _tensors(root: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[_Loaded
     for path, layer in root.named_modules(remove_duplicate=False):
         if not _is_elastic(layer):
             continue
-        for name, axes in layer.tensor_axes().items():  # type: ignore[operator, union-attr]
+        for name, axes in layer.tensor_axes().items():
             key = f"{path}.{name}" if path else name
             storage, tensor = getattr(layer, name, None), state_dict.get(key)
             if storage is not None and isinstance(tensor, Tensor) and any(axis is not None for axis in axes):
