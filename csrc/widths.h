@@ -32,10 +32,6 @@ at::Tensor slice(const at::Tensor& tensor, int64_t axis, const Runs& runs);
 // The inverse of `slice`: `part` at its runs in an axis of `size`, zero elsewhere. Differentiable.
 at::Tensor embed(const at::Tensor& part, int64_t axis, const Runs& runs, int64_t size);
 
-// A zeroed tensor of `like`'s shape and type for a gradient of which only `active_fraction` will be written: on the CPU, large ones come
-// as untouched pages of the kernel, so that the dormant part costs neither time nor memory.
-at::Tensor zeros_for_gradient(const at::Tensor& like, double active_fraction);
-
 // Set the indices of `axis` outside `runs` to zero.
 void zero_dormant(at::Tensor& tensor, int64_t axis, const Runs& runs);
 
