@@ -91,7 +91,7 @@ def test_one_key_at_whatever_module_is_the_root(name):
 
 @pytest.mark.parametrize("name", roots())
 def test_a_round_trip_restores_the_widths_in_any_root(name):
-    root, dim = roots()[name]
+    root, _ = roots()[name]
     state = {key: tensor.clone() for key, tensor in root.state_dict().items()}
     for elastic in ee.dims(root).values():
         elastic.resize(elastic.capacity)
@@ -337,7 +337,7 @@ def replaced(value):
 def test_what_does_not_fit_is_refused_with_nothing_changed(state, message):
     net = Net()
     parameters, widths = snapshot(net)
-    with pytest.raises(RuntimeError, match="Error.s. in loading state_dict for Net:\n\t") as caught:
+    with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict for Net:\n\t") as caught:
         net.load_state_dict(state())
     if message is None:  # torch's own, which reports plain layers after it has loaded the rest
         assert "size mismatch for plain.weight" in str(caught.value)
@@ -363,6 +363,16 @@ def test_an_unknown_name_is_ignored_when_lenient():
     assert net.hidden.active == 6
 
 
+@pytest.mark.parametrize(("field", "value"), [("format", 2), ("journal", [{"edit": "add_layer"}])])
+def test_what_this_version_cannot_honour_is_refused(field, value):
+    state = Net(6, 2).state_dict()
+    state[KEY] = torch.tensor(list(json.dumps(content(state) | {field: value}).encode()), dtype=torch.uint8)
+    net = Net()
+    with pytest.raises(StateDictError, match=f"{KEY}: {field}: expected"):
+        net.load_state_dict(state)
+    assert net.hidden.active == 3
+
+
 def test_what_a_partial_key_does_not_name_stays():
     source, target = nn.ModuleDict({"fc1": ee.ElasticLinear(5, 6, max_out_features=8)}), Net()
     target.load_state_dict(source.state_dict(), strict=False)
@@ -373,8 +383,23 @@ def test_a_concatenation_alone_does_not_say_how_it_divides():
     target = nn.ModuleList([ee.ElasticLinear(7, 2, in_dim=ee.concat(ee.ElasticDim(3, 8), ee.ElasticDim(4, 8)))])
     with pytest.raises(StateDictError, match=r"axis of 10 has no unique division among 0.in.0, 0.in.1: set their widths first"):
         target.load_state_dict({"0.weight": torch.zeros(2, 10), "0.bias": torch.zeros(2)})
-    target.load_state_dict(nn.ModuleList([ee.ElasticLinear(10, 2, in_dim=ee.concat(ee.ElasticDim(3, 8), ee.ElasticDim(7, 8)))]).state_dict())
+    target.load_state_dict(
+        nn.ModuleList([ee.ElasticLinear(10, 2, in_dim=ee.concat(ee.ElasticDim(3, 8), ee.ElasticDim(7, 8)))]).state_dict()
+    )
     assert [dim.active for dim in target[0].in_dim.dims] == [3, 7]
+    target.load_state_dict(nn.ModuleList([nn.Linear(16, 2)]).state_dict())
+    assert [dim.active for dim in target[0].in_dim.dims] == [3, 7]
+    single = ee.ElasticLinear(10, 2, in_dim=target[0].in_dim, max_out_features=4)
+    single.load_state_dict(nn.Linear(16, 3).state_dict())  # of active size, and only one division fills the axis
+    assert [dim.active for dim in target[0].in_dim.dims] == [8, 8]
+
+
+def test_a_multiple_of_a_dim_takes_multiples_alone():
+    target = ee.ElasticLinear(6, 2, in_dim=ee.ElasticDim(3, 8) * 2)
+    with pytest.raises(StateDictError, match="11 indices are no multiple of the 2 per unit of in"):
+        target.load_state_dict(nn.Linear(11, 2).state_dict())
+    target.load_state_dict(nn.Linear(10, 2).state_dict())
+    assert target.in_dim.dims[0].active == 5
 
 
 def test_a_commit_from_another_thread_leaves_tensors_alone():
@@ -394,6 +419,8 @@ def test_a_layer_at_two_paths_loads_from_both():
     model.load_state_dict(plain.state_dict())
     assert (layer.in_dim.active, layer.out_dim.active) == (2, 4)
     assert torch.equal(layer.active("weight"), plain[0].weight)
+    with pytest.raises(StateDictError, match=r"1.weight.*should be 4: 0.out = 4 by 0.weight"):
+        model.load_state_dict(plain.state_dict() | {"1.weight": torch.zeros(5, 2)})
 
 
 def test_functional_call_takes_a_state_dict():

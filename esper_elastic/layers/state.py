@@ -42,21 +42,21 @@ def wrap_module_methods() -> None:
 
     @functools.wraps(save)
     def state_dict(self: nn.Module, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        if call.inside and (args or destination is not None):
+        if call.inside and (destination is not None or args):
             return save(self, *args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         outer, call.inside = call.inside, True
         try:
             saved = save(self, *args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         finally:
             call.inside = outer
-        entry = root_entry(self)
+        entry = root_entry(self) if _holds_elastic(self) else None
         if entry is not None:
             saved[(args[1] if len(args) > 1 and not prefix else prefix) + ROOT_KEY] = entry
         return saved
 
     @functools.wraps(load)
     def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        if isinstance(state_dict, Mapping):
+        if isinstance(state_dict, Mapping) and _holds_elastic(self):
             state_dict = apply_widths(self, state_dict, strict)
         return load(self, state_dict, strict, assign)
 
@@ -106,6 +106,17 @@ def names(root: nn.Module) -> Names:
     return found
 
 
+def _holds_elastic(root: nn.Module) -> bool:
+    pending: list[nn.Module | None] = [root]
+    while pending:
+        module = pending.pop()
+        if module is not None:
+            if _is_elastic(module):
+                return True
+            pending.extend(module._modules.values())
+    return False
+
+
 def _is_elastic(module: nn.Module) -> bool:
     return hasattr(type(module), "tensor_axes")
 
@@ -146,8 +157,6 @@ def apply_widths(root: nn.Module, state_dict: Mapping[str, Any], strict: bool) -
         OwnerError: the calling thread does not own the control block; nothing has changed.
     """
     known = names(root)
-    if not known.dims and not known.switches:
-        return state_dict
     entries = _entries(root, state_dict)
     tensors = list(_tensors(root, state_dict))
     problems: list[str] = []
