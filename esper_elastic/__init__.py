@@ -1,6 +1,6 @@
 """Elastic capacity for PyTorch: layers own weights at a capacity, a control block says what is active, kernels compute on that alone."""
 
-from . import errors
+from . import errors, optim
 from .control import ControlBlock, ElasticDim, concat
 from .convert import export
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
@@ -32,4 +32,5 @@ __all__ = [
     "SurgeryError",
     "TopologyError",
     "TransactionError",
+    "optim",
 ]
