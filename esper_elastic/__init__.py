@@ -1,6 +1,6 @@
 """Elastic capacity for PyTorch: layers own weights at a capacity, a control block says what is active, kernels compute on that alone."""
 
-from . import errors, optim
+from . import errors, growth, importance, optim
 from .control import ControlBlock, ElasticDim, concat
 from .convert import export
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
@@ -25,6 +25,9 @@ __all__ = [
     "export",
     "resize",
     "set_layout",
+    "growth",
+    "importance",
+    "optim",
     "errors",
     "ElasticError",
     "CapacityError",

@@ -44,6 +44,11 @@ class ElasticLayer(nn.Module):
         """The half-width of the uniform law that ``nn`` would draw weights from at the active size."""
         raise NotImplementedError
 
+    @property
+    def inseparable(self) -> int:
+        """Neighbouring indices of the weight's first axis that stay or go together, since the layer computes them as one group."""
+        return 1
+
     # Construction
 
     def _adopt(self, dense: nn.Module, dims: dict[str, Axis]) -> None:
