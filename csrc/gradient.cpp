@@ -20,8 +20,9 @@ struct Kept {
   int64_t version;
   Runs rows, columns;
 
-  bool fits(const at::Tensor& like) const {
-    return buffer.sizes() == like.sizes() && buffer.dtype() == like.dtype() && buffer.storage().use_count() == 1;
+  bool fits(const at::Tensor& like, at::MemoryFormat format) const {
+    return buffer.sizes() == like.sizes() && buffer.dtype() == like.dtype() && buffer.is_contiguous(format) &&
+        buffer.storage().use_count() == 1;
   }
 };
 
@@ -37,20 +38,20 @@ void forget_dead_weights() {
 KeepGradients::KeepGradients() { ++keeping; }
 KeepGradients::~KeepGradients() { --keeping; }
 
-at::Tensor zeros_for_gradient(const at::Tensor& weight, const Runs& rows, const Runs& columns) {
+at::Tensor zeros_for_gradient(const at::Tensor& weight, const Runs& rows, const Runs& columns, at::MemoryFormat format) {
   const bool whole = total(rows) == weight.size(0) && (columns.empty() || total(columns) == weight.size(1));
-  if (whole) return at::empty_like(weight, at::MemoryFormat::Contiguous);
-  if (keeping == 0 || !weight.is_cpu()) return at::zeros_like(weight, at::MemoryFormat::Contiguous);
+  if (whole) return at::empty_like(weight, format);
+  if (keeping == 0 || !weight.is_cpu()) return at::zeros_like(weight, format);
   const std::lock_guard<std::mutex> lock(mutex);
   auto* key = weight.unsafeGetTensorImpl();
   auto found = kept.find(key);
-  if (found != kept.end() && (found->second.weight.expired() || !found->second.fits(weight))) {
+  if (found != kept.end() && (found->second.weight.expired() || !found->second.fits(weight, format))) {
     kept.erase(found);
     found = kept.end();
   }
   if (found == kept.end()) {
     forget_dead_weights();
-    const at::Tensor buffer = at::zeros_like(weight, at::MemoryFormat::Contiguous);
+    const at::Tensor buffer = at::zeros_like(weight, format);
     kept.emplace(key, Kept{c10::weak_intrusive_ptr<c10::TensorImpl>(weight.getIntrusivePtr()), buffer, buffer._version(), rows, columns});
     return buffer.detach();
   }

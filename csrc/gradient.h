@@ -12,7 +12,8 @@ namespace esper {
 // zero: autograd adopts the alias as `.grad` without a copy. That is done only while nobody else holds the storage, and only if the version
 // counter that all aliases share says that nobody wrote to it since. (Writes that bump no version, through `.grad.data` or NumPy, are the
 // writer's own affair.)
-at::Tensor zeros_for_gradient(const at::Tensor& weight, const Runs& rows, const Runs& columns);
+at::Tensor zeros_for_gradient(
+    const at::Tensor& weight, const Runs& rows, const Runs& columns, at::MemoryFormat format = at::MemoryFormat::Contiguous);
 
 // Marks the eager backward of ours, the only caller whose results nobody writes to unseen: compiled code reuses buffers as it likes.
 class KeepGradients {

@@ -18,23 +18,6 @@ using c10::SymInt;
 using std::optional;
 using torch::autograd::variable_list;
 
-struct Block {  // one pair of runs: where it lies in the weight and in the activations
-  Run row, column, out, in;
-};
-
-struct Plan {
-  // While a switch above is off, a layer in static layout has no active rows: outputs and gradients are zero and nothing is computed.
-  Plan(const Tensor& control, const Tensor& slots, bool compact)
-      : rows(compact || switched_on(control, slots) ? active_runs(control, slots, 0) : Runs()),
-        columns(active_runs(control, slots, 1)),
-        out(placed(rows, compact)),
-        in(placed(columns, compact)) {}
-
-  bool single() const { return rows.size() == 1 && columns.size() == 1; }
-
-  Runs rows, columns, out, in;
-};
-
 Tensor flat(const Tensor& tensor) { return tensor.reshape({-1, tensor.size(-1)}); }
 
 Tensor narrow(const Tensor& tensor, int64_t axis, const Run& run) {

@@ -26,6 +26,20 @@ int64_t total(const Runs& runs);
 // Where the runs lie in an activation: at capacity offsets in static layout, packed in compact layout.
 Runs placed(const Runs& runs, bool compact);
 
+// The active runs of a weight with two elastic axes, and where they lie in the activations.
+struct Plan {
+  // While a switch above is off, a layer in static layout has no active rows: outputs and gradients are zero and nothing is computed.
+  Plan(const at::Tensor& control, const at::Tensor& slots, bool compact)
+      : rows(compact || switched_on(control, slots) ? active_runs(control, slots, 0) : Runs()),
+        columns(active_runs(control, slots, 1)),
+        out(placed(rows, compact)),
+        in(placed(columns, compact)) {}
+
+  bool single() const { return rows.size() == 1 && columns.size() == 1; }
+
+  Runs rows, columns, out, in;
+};
+
 // The active part of `tensor` along `axis`: a view for a single run, a copy of the active part otherwise.
 at::Tensor slice(const at::Tensor& tensor, int64_t axis, const Runs& runs);
 
