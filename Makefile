@@ -74,7 +74,7 @@ check: $(READY)
 	$(RUN) $(PY) -m mypy
 
 bench: $(BUILT)
-	$(RUN) $(PY) -m pytest benchmarks --benchmark-only
+	$(RUN) $(PY) -m pytest benchmarks --benchmark-only --write-results
 
 # runs the examples that the pages contain
 docs: $(BUILT)
