@@ -43,7 +43,7 @@ def conv2d(
     w, groups = (w, columns.active // weight.shape[1]) if grouped else (active_slice(w, 1, columns), 1)
     b = None if bias is None else active_slice(bias, 0, rows)
     x = enter(input, -3, columns, widths)
-    return fence(leave(F.conv2d(x, w, b, stride, padding, dilation, groups), -3, rows, widths), widths)
+    return fence(leave(F.conv2d(x, w, b, stride, padding, dilation, groups), -3, rows, widths), widths.control, widths.label)
 
 
 def active_slice(tensor: Tensor, index: int, axis: Axis) -> Tensor:
