@@ -214,6 +214,9 @@ class ElasticLayer(nn.Module):
                 registry.register(param, axes, self._widths.switches)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                registry.forget(parameter)  # torch swaps the contents of tensors only where nothing refers to them weakly
         super()._apply(fn, recurse)
         self.bind_control()
         return self
