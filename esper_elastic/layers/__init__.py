@@ -1,7 +1,9 @@
 """Elastic layers: drop-ins for ``torch.nn`` whose widths are data."""
 
 from .base import ElasticLayer
+from .batch_norm import ElasticBatchNorm1d, ElasticBatchNorm2d
 from .block import ElasticBlock
+from .layer_norm import ElasticLayerNorm
 from .linear import ElasticLinear
 
-__all__ = ["ElasticBlock", "ElasticLayer", "ElasticLinear"]
+__all__ = ["ElasticBatchNorm1d", "ElasticBatchNorm2d", "ElasticBlock", "ElasticLayer", "ElasticLayerNorm", "ElasticLinear"]

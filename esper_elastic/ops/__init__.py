@@ -5,7 +5,9 @@ plain PyTorch; the compiled library of ``csrc`` serves the same on strided slice
 """
 
 from .backend import backend_info
+from .batch_norm import batch_norm
+from .layer_norm import layer_norm
 from .linear import linear
 from .widths import Widths
 
-__all__ = ["Widths", "backend_info", "linear"]
+__all__ = ["Widths", "backend_info", "batch_norm", "layer_norm", "linear"]
