@@ -30,6 +30,13 @@ TORCH_LIBRARY(esper_elastic, m) {
   m.def(
       "layer_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor control, "
       "Tensor slots, bool compact, int normalized_dims, bool[3] mask) -> (Tensor, Tensor, Tensor)");
+
+  m.def(
+      "conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor control, Tensor slots, int[2] stride, int[2] padding, int[2] dilation, "
+      "bool grouped, SymInt? width, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor control, Tensor slots, int[2] stride, int[2] padding, "
+      "int[2] dilation, bool grouped, SymInt? width, bool[3] mask) -> (Tensor, Tensor, Tensor)");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C() {

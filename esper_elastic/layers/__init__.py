@@ -3,7 +3,16 @@
 from .base import ElasticLayer
 from .batch_norm import ElasticBatchNorm1d, ElasticBatchNorm2d
 from .block import ElasticBlock
+from .conv import ElasticConv2d
 from .layer_norm import ElasticLayerNorm
 from .linear import ElasticLinear
 
-__all__ = ["ElasticBatchNorm1d", "ElasticBatchNorm2d", "ElasticBlock", "ElasticLayer", "ElasticLayerNorm", "ElasticLinear"]
+__all__ = [
+    "ElasticBatchNorm1d",
+    "ElasticBatchNorm2d",
+    "ElasticBlock",
+    "ElasticConv2d",
+    "ElasticLayer",
+    "ElasticLayerNorm",
+    "ElasticLinear",
+]
