@@ -3,6 +3,7 @@
 #include "widths.h"
 
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 namespace esper {
 
@@ -117,7 +118,29 @@ struct GenerationError : torch::PyTorchError {
   }
 };
 
+struct Fence : torch::autograd::Function<Fence> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& tensor, const at::Tensor& control, std::string op) {
+    ctx->saved_data["control"] = control;
+    ctx->saved_data["version"] = static_cast<int64_t>(control._version());
+    ctx->saved_data["op"] = op;
+    return tensor.view_as(tensor);
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    const at::Tensor control = ctx->saved_data["control"].toTensor();
+    const std::string op = ctx->saved_data["op"].toStringRef();
+    check_generation(control, ctx->saved_data["version"].toInt(), op.c_str());
+    return {fence(grads[0], control, op.c_str()), at::Tensor(), at::Tensor()};
+  }
+};
+
 }  // namespace
+
+at::Tensor fence(const at::Tensor& gradient, const at::Tensor& control, const char* op) {
+  const bool tracked = gradient.defined() && gradient.requires_grad() && at::GradMode::is_enabled();
+  return tracked ? Fence::apply(gradient, control, std::string(op)) : gradient;
+}
 
 void check_generation(const at::Tensor& control, int64_t version, const char* op) {
   const int64_t now = control._version();

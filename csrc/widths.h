@@ -61,4 +61,7 @@ void zero_dormant(at::Tensor& tensor, int64_t axis, const Runs& runs);
 // Raise esper_elastic.errors.GenerationError unless the control block is as it was when the graph was built.
 void check_generation(const at::Tensor& control, int64_t version, const char* op);
 
+// The identity, for each gradient of a differentiable backward: all derivatives of it raise as well if the control block has changed.
+at::Tensor fence(const at::Tensor& gradient, const at::Tensor& control, const char* op);
+
 }  // namespace esper

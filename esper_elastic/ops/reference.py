@@ -20,9 +20,10 @@ from .widths import Widths
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, widths: Widths) -> Tensor:
     """``output[r] = sum_c input[c] weight[r, c]^T + bias[r]`` over active rows r and columns c."""
     rows, columns = widths.axes
-    w = active_slice(active_slice(weight, 0, rows), 1, columns)
-    b = None if bias is None else active_slice(bias, 0, rows)
-    output = leave(F.linear(enter(input, -1, columns, widths), w, b), -1, rows, widths)
+    x, w, b = fence_operands(widths, input, weight, bias)
+    w = active_slice(active_slice(w, 0, rows), 1, columns)
+    b = None if b is None else active_slice(b, 0, rows)
+    output = leave(F.linear(enter(x, -1, columns, widths), w, b), -1, rows, widths)
     return fence(output, widths.control, widths.label)
 
 
@@ -159,7 +160,7 @@ def leave(output: Tensor, index: int, axis: Axis, widths: Widths) -> Tensor:
 
 
 class _Fence(torch.autograd.Function):
-    """The identity, whose backward refuses to cross a commit."""
+    """The identity, whose backward refuses to cross a commit, and so does every derivative of that."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, control: Tensor, label: str) -> Tensor:
@@ -168,17 +169,60 @@ class _Fence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        commits = ctx.control._version - ctx.version
-        if commits:
-            raise GenerationError(
-                f"{ctx.label}: cannot run this backward: widths or switches changed after the forward that built the graph "
-                f"({commits} commit{'s' * (commits > 1)} since). Run the forward again, or change widths between steps."
-            )
-        return grads[0], None, None
+        _check_generation(ctx.control, ctx.version, ctx.label)
+        grad = grads[0]
+        return _Fence.apply(grad, ctx.control, ctx.label) if grad.requires_grad else grad, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].view_as(tangents[0])
+
+
+def _check_generation(control: Tensor, version: int, label: str) -> None:
+    commits = control._version - version
+    if commits:
+        raise GenerationError(
+            f"{label}: cannot run this backward: widths or switches changed after the forward that built the graph "
+            f"({commits} commit{'s' * (commits > 1)} since). Run the forward again, or change widths between steps."
+        )
+
+
+@torch.library.custom_op("esper_elastic::fence", mutates_args=())
+def _compiled_fence(tensor: Tensor, control: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+@_compiled_fence.register_fake
+def _(tensor: Tensor, control: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
+
+
+def _save_control(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])  # autograd compares its version with the present one
+
+
+def _fence_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return _compiled_fence(grad, ctx.saved_tensors[0]), None
+
+
+_compiled_fence.register_autograd(_fence_gradient, setup_context=_save_control)
+
+
+def fence_operands(widths: Widths, *operands: Tensor | None) -> list[Tensor | None]:
+    """Make the gradients of ``operands``, and all derivatives of those, raise after a commit. For eager graphs."""
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return list(operands)
+    return [t if t is None or not t.requires_grad else _Fence.apply(t, widths.control, widths.label) for t in operands]
 
 
 def fence(output: Tensor, control: Tensor, label: str) -> Tensor:
-    """Make the backward of ``output`` raise after a commit. Inside a traced or functional transform that holds the graph."""
-    if not output.requires_grad or torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    """Make the backward of ``output`` raise after a commit; it may be modified in place. A functional transform holds its own graph."""
+    if not output.requires_grad or torch._C._are_functorch_transforms_active():
         return output
-    return _Fence.apply(output, control, label)
+    if torch.compiler.is_compiling():
+        return _compiled_fence(output, control)
+    if output.grad_fn is None:
+        return _Fence.apply(output, control, label)
+    version = control._version
+    output.grad_fn.register_prehook(lambda grads: _check_generation(control, version, label))
+    return output

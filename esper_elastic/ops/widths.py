@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..control import Axis, ControlBlock, Switch
 from ..errors import LayoutError
@@ -53,6 +56,12 @@ class Widths:
             self.slots = torch.tensor(rows, dtype=torch.int32, device="cpu" if home.type == "meta" else home)
         self.native = native_serves(device, self.static)
 
+    def compiled_ops_serve(self) -> bool:
+        """Whether the compiled ops serve this call; functional transforms and forward mode are left to the reference."""
+        if not self.static and torch.compiler.is_compiling():
+            _warn_specialised()
+        return self.native and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
     def size(self, axis: int) -> int:
         """The size that activations have along an axis of the weight, in the present layout."""
         return self.axes[axis].capacity if self.static else self.axes[axis].active
@@ -73,3 +82,18 @@ class Widths:
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("control", "slots")}
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        "esper_elastic: a layer in compact layout is being compiled: the graph serves the present widths, and each other width compiles "
+        "again, up to torch's recompile limit. Call ee.set_layout(model, 'static') first to compile once for all widths.",
+        stacklevel=2,
+    )
+
+
+@torch.compiler.assume_constant_result
+def _warn_specialised() -> None:
+    """Say once per process that a graph serves one width. Called while the graph is traced, and no part of it."""
+    _warn_once()
