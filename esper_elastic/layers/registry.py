@@ -45,6 +45,18 @@ def register(parameter: Tensor, axes: tuple[Axis | None, ...], switches: tuple[S
     _registry[parameter] = ParameterAxes(axes, switches)
 
 
+def add_switch(parameter: Tensor, switch: Switch) -> None:
+    """Put ``parameter``, elastic or plain, under one more switch."""
+    known = _registry.get(parameter) or ParameterAxes((None,) * parameter.dim(), ())
+    if not any(other is switch for other in known.switches):
+        _registry[parameter] = ParameterAxes(known.axes, (*known.switches, switch))
+
+
+def forget(parameter: Tensor) -> None:
+    """Drop what is known of ``parameter``, until it is registered again."""
+    _registry.pop(parameter, None)
+
+
 def lookup(parameter: Tensor) -> ParameterAxes | None:
     """The axes of ``parameter``, or ``None`` if no elastic layer or block holds it."""
     found: ParameterAxes | None = _registry.get(parameter)
