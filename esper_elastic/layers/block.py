@@ -99,6 +99,8 @@ class ElasticBlock(nn.Module):
             self.slot = torch.tensor([self.switch.slot], dtype=torch.int32, device=self.control.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        for parameter in self.module.parameters():
+            registry.forget(parameter)  # as ElasticLayer does
         super()._apply(fn, recurse)
         self.govern()
         return self
