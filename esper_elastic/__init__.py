@@ -4,7 +4,7 @@ from . import errors, growth, importance, optim
 from .control import ControlBlock, ElasticDim, concat
 from .convert import export
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
-from .layers import ElasticBlock, ElasticConv2d, ElasticLinear
+from .layers import ElasticBatchNorm1d, ElasticBatchNorm2d, ElasticBlock, ElasticConv2d, ElasticLayerNorm, ElasticLinear
 from .model import control_block, dims, disable, enable, resize, set_layout
 from .ops import backend_info
 
@@ -14,7 +14,10 @@ __all__ = [
     "ControlBlock",
     "ElasticDim",
     "concat",
+    "ElasticBatchNorm1d",
+    "ElasticBatchNorm2d",
     "ElasticBlock",
+    "ElasticLayerNorm",
     "ElasticLinear",
     "ElasticConv2d",
     "backend_info",
@@ -27,7 +30,6 @@ __all__ = [
     "set_layout",
     "growth",
     "importance",
-    "optim",
     "errors",
     "ElasticError",
     "CapacityError",
@@ -35,4 +37,5 @@ __all__ = [
     "SurgeryError",
     "TopologyError",
     "TransactionError",
+    "optim",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import esper_elastic as ee
-from esper_elastic.control import Switch
+from esper_elastic.control import ControlBlock, Switch
 from esper_elastic.errors import OptimizerError
 from esper_elastic.layers import registry
 from esper_elastic.optim import base
@@ -39,6 +39,7 @@ def _one_thread():
 
 def parameter(shape, axes, switches=(), dtype=torch.float32, memory_format=torch.contiguous_format):
     """A parameter with elastic axes, as a layer would register it."""
+    ControlBlock.merge(entry.block for axis in axes if axis is not None for entry in (*axis.dims, *switches))
     tensor = nn.Parameter(torch.randn(shape, dtype=dtype).contiguous(memory_format=memory_format))
     registry.register(tensor, axes, switches)
     return tensor
