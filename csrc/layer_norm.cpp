@@ -100,6 +100,7 @@ variable_list differentiable_backward(
   if (mask[0]) result[0] = embed(gx, plan.axis, plan.place, input.size(plan.axis));
   if (mask[1]) result[1] = embed(gw, 0, plan.units, weight->size(0));
   if (mask[2]) result[2] = embed(gb, 0, plan.units, bias->size(0));
+  for (Tensor& gradient : result) gradient = fence(gradient, control, "ElasticLayerNorm");
   return result;
 }
 
