@@ -37,6 +37,13 @@ TORCH_LIBRARY(esper_elastic, m) {
   m.def(
       "conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor control, Tensor slots, int[2] stride, int[2] padding, "
       "int[2] dilation, bool grouped, SymInt? width, bool[3] mask) -> (Tensor, Tensor, Tensor)");
+  // Optimizer steps on active elements; see optim.cpp for counts and plans.
+  m.def(
+      "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
+      "Tensor(e!)[] counts, Tensor[] plans, float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize) -> ()");
+  m.def(
+      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor(c!)[] counts, Tensor[] plans, float lr, float momentum, "
+      "float dampening, float weight_decay, bool nesterov, bool maximize) -> ()");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C() {

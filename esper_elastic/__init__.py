@@ -1,6 +1,6 @@
 """Elastic capacity for PyTorch: layers own weights at a capacity, a control block says what is active, kernels compute on that alone."""
 
-from . import errors
+from . import errors, growth, importance, optim
 from .control import ControlBlock, ElasticDim, concat
 from .convert import export
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
@@ -28,6 +28,8 @@ __all__ = [
     "export",
     "resize",
     "set_layout",
+    "growth",
+    "importance",
     "errors",
     "ElasticError",
     "CapacityError",
@@ -35,4 +37,5 @@ __all__ = [
     "SurgeryError",
     "TopologyError",
     "TransactionError",
+    "optim",
 ]
