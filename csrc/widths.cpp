@@ -1,0 +1,127 @@
+#include <Python.h>
+
+#include "widths.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <torch/csrc/Exceptions.h>
+
+namespace esper {
+
+Runs active_runs(const at::Tensor& control, const at::Tensor& slots, int64_t axis) {
+  const int32_t* values = control.const_data_ptr<int32_t>();
+  const int32_t* row = slots.const_data_ptr<int32_t>();
+  Runs runs;
+  for (int64_t count = slots.size(0); count > 0; --count, row += 4) {
+    if (row[0] != axis) continue;
+    const int64_t length = static_cast<int64_t>(values[row[1]]) * row[3];
+    if (!runs.empty() && runs.back().start + runs.back().length == row[2]) {
+      runs.back().length += length;
+    } else {
+      runs.push_back({row[2], length});
+    }
+  }
+  return runs;
+}
+
+bool switched_on(const at::Tensor& control, const at::Tensor& slots) {
+  const int32_t* values = control.const_data_ptr<int32_t>();
+  const int32_t* row = slots.const_data_ptr<int32_t>();
+  for (int64_t count = slots.size(0); count > 0; --count, row += 4) {
+    if (row[0] == -1 && values[row[1]] == 0) return false;
+  }
+  return true;
+}
+
+int64_t total(const Runs& runs) {
+  int64_t sum = 0;
+  for (const Run& run : runs) sum += run.length;
+  return sum;
+}
+
+Runs placed(const Runs& runs, bool compact) {
+  if (!compact) return runs;
+  Runs packed;
+  int64_t offset = 0;
+  for (const Run& run : runs) {
+    packed.push_back({offset, run.length});
+    offset += run.length;
+  }
+  return packed;
+}
+
+at::Tensor slice(const at::Tensor& tensor, int64_t axis, const Runs& runs) {
+  if (runs.size() == 1) {
+    const bool whole = runs[0].start == 0 && runs[0].length == tensor.size(axis);
+    return whole ? tensor : tensor.narrow(axis, runs[0].start, runs[0].length);
+  }
+  if (runs.empty()) return tensor.narrow(axis, 0, 0);
+  std::vector<at::Tensor> parts;
+  for (const Run& run : runs) parts.push_back(tensor.narrow(axis, run.start, run.length));
+  return at::cat(parts, axis);
+}
+
+at::Tensor embed(const at::Tensor& part, int64_t axis, const Runs& runs, int64_t size) {
+  if (total(runs) == size) return part;
+  std::vector<at::Tensor> parts;
+  std::vector<int64_t> gap(part.sizes().begin(), part.sizes().end());
+  auto fill = [&](int64_t length) {
+    if (length == 0) return;
+    gap[axis] = length;
+    parts.push_back(at::zeros(gap, part.options()));
+  };
+  int64_t end = 0, offset = 0;
+  for (const Run& run : runs) {
+    fill(run.start - end);
+    parts.push_back(part.narrow(axis, offset, run.length));
+    offset += run.length;
+    end = run.start + run.length;
+  }
+  fill(size - end);
+  return at::cat(parts, axis);
+}
+
+at::Tensor zeros_for_gradient(const at::Tensor& like, double active_fraction) {
+  constexpr size_t kWorthwhile = size_t{1} << 18;
+  const size_t bytes = like.numel() * like.element_size();
+  if (!like.is_cpu() || bytes < kWorthwhile || active_fraction > 0.8) return at::zeros_like(like, at::MemoryFormat::Contiguous);
+  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED) return at::zeros_like(like, at::MemoryFormat::Contiguous);
+  madvise(pages, bytes, MADV_NOHUGEPAGE);  // a huge page would zero what nobody reads
+  return at::from_blob(pages, like.sizes(), [bytes](void* begin) { munmap(begin, bytes); }, like.options());
+}
+
+void zero_dormant(at::Tensor& tensor, int64_t axis, const Runs& runs) {
+  int64_t end = 0;
+  for (const Run& run : runs) {
+    if (run.start > end) tensor.narrow(axis, end, run.start - end).zero_();
+    end = run.start + run.length;
+  }
+  if (end < tensor.size(axis)) tensor.narrow(axis, end, tensor.size(axis) - end).zero_();
+}
+
+namespace {
+
+// Becomes esper_elastic.errors.GenerationError when it crosses into Python.
+struct GenerationError : torch::PyTorchError {
+  using PyTorchError::PyTorchError;
+  PyObject* python_type() override {
+    PyObject* errors = PyImport_ImportModule("esper_elastic.errors");
+    PyObject* type = errors != nullptr ? PyObject_GetAttrString(errors, "GenerationError") : nullptr;
+    Py_XDECREF(errors);
+    return type != nullptr ? type : PyExc_RuntimeError;
+  }
+};
+
+}  // namespace
+
+void check_generation(const at::Tensor& control, int64_t version, const char* op) {
+  const int64_t now = control._version();
+  if (now == version) return;
+  throw GenerationError(c10::str(
+      op, ": cannot run this backward: widths or switches changed after the forward that built the graph (",
+      now - version, " commit", now - version == 1 ? "" : "s", " since). Run the forward again, or change widths between steps."));
+}
+
+}  // namespace esper

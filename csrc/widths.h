@@ -1,0 +1,45 @@
+// What is active: reads an op's slots in the control block, slices operands and embeds gradients by it.
+//
+// `slots` is an int32 table with one row per segment: [axis, slot, start, inner]. Axis 0 and 1 are those of the weight; axis -1 is a
+// switch that governs the layer. `width` is the active output width in compact layout and absent in static layout.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/util/SmallVector.h>
+
+namespace esper {
+
+struct Run {
+  int64_t start;
+  int64_t length;
+};
+using Runs = c10::SmallVector<Run, 2>;
+
+// The active indices of one axis of the weight, as runs in ascending order; adjacent segments are joined.
+Runs active_runs(const at::Tensor& control, const at::Tensor& slots, int64_t axis);
+
+// Whether every switch that governs the layer is on.
+bool switched_on(const at::Tensor& control, const at::Tensor& slots);
+
+int64_t total(const Runs& runs);
+
+// Where the runs lie in an activation: at capacity offsets in static layout, packed in compact layout.
+Runs placed(const Runs& runs, bool compact);
+
+// The active part of `tensor` along `axis`: a view for a single run, a copy of the active part otherwise.
+at::Tensor slice(const at::Tensor& tensor, int64_t axis, const Runs& runs);
+
+// The inverse of `slice`: `part` at its runs in an axis of `size`, zero elsewhere. Differentiable.
+at::Tensor embed(const at::Tensor& part, int64_t axis, const Runs& runs, int64_t size);
+
+// A zeroed tensor of `like`'s shape and type for a gradient of which only `active_fraction` will be written: on the CPU, large ones come
+// as untouched pages of the kernel, so that the dormant part costs neither time nor memory.
+at::Tensor zeros_for_gradient(const at::Tensor& like, double active_fraction);
+
+// Set the indices of `axis` outside `runs` to zero.
+void zero_dormant(at::Tensor& tensor, int64_t axis, const Runs& runs);
+
+// Raise esper_elastic.errors.GenerationError unless the control block is as it was when the graph was built.
+void check_generation(const at::Tensor& control, int64_t version, const char* op);
+
+}  // namespace esper

@@ -1,0 +1,34 @@
+"""Elastic capacity for PyTorch: layers own weights at a capacity, a control block says what is active, kernels compute on that alone."""
+
+from . import errors
+from .control import ControlBlock, ElasticDim, concat
+from .convert import export
+from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
+from .layers import ElasticBlock, ElasticLinear
+from .model import control_block, dims, disable, enable, resize, set_layout
+from .ops import backend_info
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ControlBlock",
+    "ElasticDim",
+    "concat",
+    "ElasticBlock",
+    "ElasticLinear",
+    "backend_info",
+    "control_block",
+    "dims",
+    "disable",
+    "enable",
+    "export",
+    "resize",
+    "set_layout",
+    "errors",
+    "ElasticError",
+    "CapacityError",
+    "LayoutError",
+    "SurgeryError",
+    "TopologyError",
+    "TransactionError",
+]

@@ -1,0 +1,114 @@
+"""``ElasticBlock``: a part of a model that a switch in the control block turns on and off."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..control import Axis, ControlBlock, Switch
+from ..errors import LayoutError
+from ..ops.reference import fence
+from . import registry
+from .base import ElasticLayer
+
+KINDS = ("block", "branch")
+
+
+class ElasticBlock(nn.Module):
+    """A module with a switch. While it is off, everything inside is dormant: parameters, optimizer state and batch-norm counters.
+
+    Args:
+        module: maps one tensor to one tensor; further arguments are passed through to it.
+        kind: what the block gives while it is off. ``"block"``: its first input, for a part that preserves shapes. ``"branch"``: zeros of
+            the shape of that input, for a residual branch.
+        on: the first position of the switch.
+
+    Shape:
+        Those of ``module``; where the switch is meant to be used, output and input have one shape.
+
+    Effects:
+        In compact layout the switch is read on the host and an off block runs nothing. In static layout, under ``torch.compile`` or on a
+        GPU, it is data: elastic layers inside skip their work, other modules run and their result is dropped.
+    """
+
+    control: Tensor
+    slot: Tensor
+
+    def __init__(self, module: nn.Module, kind: str = "block", *, on: bool = True) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise LayoutError(f"ElasticBlock: kind: expected 'block' or 'branch', got {kind!r}.")
+        self.module = module
+        self.kind = kind
+        self.static = False
+        self.switch = Switch(on)
+        self.switch.attach(self)
+        self.govern()
+
+    @property
+    def on(self) -> bool:
+        """Whether the block takes part."""
+        return self.switch.on
+
+    @property
+    def layout(self) -> str:
+        """``"compact"`` or ``"static"``; set by :func:`esper_elastic.set_layout`."""
+        return "static" if self.static else "compact"
+
+    @layout.setter
+    def layout(self, layout: str) -> None:
+        self.static = layout == "static"
+        self.bind_control()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.static and (torch.compiler.is_compiling() or args[0].device.type != "cpu"):
+            on = self.control.index_select(0, self.slot) != 0
+            return torch.where(on, self.module(*args, **kwargs), args[0] if self.kind == "block" else 0)
+        if self.switch.on:
+            output = self.module(*args, **kwargs)
+        else:
+            output = args[0] if self.kind == "block" else torch.zeros_like(args[0])
+        return fence(output, self.control, "ElasticBlock") if isinstance(output, Tensor) else output
+
+    def govern(self) -> None:
+        """Put everything inside under the switch. Needed again only after modules or parameters inside were replaced."""
+        inside = list(self.module.modules())
+        ControlBlock.merge((self.switch.block, *(m._widths.block for m in inside if isinstance(m, ElasticLayer))))
+        for module in inside:
+            if isinstance(module, ElasticLayer):
+                module.govern(self.switch)
+                continue
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    registry.add_switch(parameter, self.switch)
+        self.bind_control()
+
+    # What dims and switches ask of whoever uses them
+
+    def tensor_axes(self) -> dict[str, tuple[Axis | None, ...]]:
+        return {}
+
+    def bind_control(self) -> None:
+        """Fetch the control tensor and the slot again, after they moved."""
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu")) if self.static else torch.device("cpu")
+        self.control = self.switch.block.on(device)
+        with torch.inference_mode(False):
+            self.slot = torch.tensor([self.switch.slot], dtype=torch.int32, device=self.control.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.govern()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("control", "slot")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.switch.attach(self)
+        self.govern()
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}, {'on' if self.on else 'off'}"

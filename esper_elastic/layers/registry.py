@@ -1,0 +1,58 @@
+"""Which axes of which parameter are elastic, so that an optimizer can ask with nothing but the parameter in hand.
+
+Keyed weakly by tensor identity. Attributes on parameters would vanish in deepcopy, and optimizers are built from parameters alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..control import Axis, Runs, Switch
+
+
+class ParameterAxes:
+    """The axes of one parameter, and the switches above it.
+
+    Attributes:
+        axes: one per tensor axis; ``None`` where the size is fixed.
+        switches: those of the blocks around it; the whole parameter is dormant while one is off.
+    """
+
+    __slots__ = ("axes", "switches")
+
+    def __init__(self, axes: tuple[Axis | None, ...], switches: tuple[Switch, ...]) -> None:
+        self.axes = axes
+        self.switches = switches
+
+    @property
+    def asleep(self) -> bool:
+        """Whether a switch above is off."""
+        return any(not switch.on for switch in self.switches)
+
+    def runs(self, shape: Iterable[int]) -> tuple[Runs, ...]:
+        """The active indices of each axis of a tensor of ``shape``, as ``(start, length)`` runs."""
+        return tuple([(0, size)] if axis is None else axis.runs() for axis, size in zip(self.axes, shape, strict=True))
+
+
+_registry: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def register(parameter: Tensor, axes: tuple[Axis | None, ...], switches: tuple[Switch, ...]) -> None:
+    """Note the axes of ``parameter``, replacing what was known of it."""
+    _registry[parameter] = ParameterAxes(axes, switches)
+
+
+def add_switch(parameter: Tensor, switch: Switch) -> None:
+    """Put ``parameter``, elastic or plain, under one more switch."""
+    known = _registry.get(parameter) or ParameterAxes((None,) * parameter.dim(), ())
+    if not any(other is switch for other in known.switches):
+        _registry[parameter] = ParameterAxes(known.axes, (*known.switches, switch))
+
+
+def lookup(parameter: Tensor) -> ParameterAxes | None:
+    """The axes of ``parameter``, or ``None`` if no elastic layer or block holds it."""
+    found: ParameterAxes | None = _registry.get(parameter)
+    return found

@@ -1,0 +1,11 @@
+"""The elastic ops, one file each: argument checks, fake implementation, and the choice of backend.
+
+Every op takes its operands at capacity and a :class:`Widths`, which says what is active. ``reference.py`` is the meaning of each op in
+plain PyTorch; the compiled library of ``csrc`` serves the same on strided slices.
+"""
+
+from .backend import backend_info
+from .linear import linear
+from .widths import Widths
+
+__all__ = ["Widths", "backend_info", "linear"]
