@@ -104,7 +104,7 @@ def read_idx(content: bytes, *, where: str = "idx") -> Tensor:
     expected = start + torch.Size(sizes).numel()
     if len(content) != expected:
         raise ElasticError(f"{where}: expected {expected} bytes for shape {tuple(sizes)}, got {len(content)}. Fetch it again.")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(sizes)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[start:].reshape(sizes)
 
 
 def _load_fashion_mnist(cache: Path, refusals: list[str]) -> ImageData | None:

@@ -100,14 +100,11 @@ def elastic_network(start: Widths, capacity: Widths) -> Network:
         return _named(conv, ee.ElasticBatchNorm2d(out_dim.active, dim=out_dim))
 
     stem, stage1, stage2, inner = (ee.ElasticDim(active, most) for active, most in zip(start[:4], capacity[:4], strict=True))
-    branch = ee.ElasticBlock(nn.Sequential(conv_norm(stage2, inner), nn.ReLU(), conv_norm(inner, stage2)), kind="branch")
+    branch = ee.ElasticBlock(nn.Sequential(conv_norm(stage2, inner), nn.ReLU(), conv_norm(inner, stage2)), kind="branch", on=start.block)
     head = ee.ElasticLinear(stage2.active, NUM_CLASSES, in_dim=stage2)
-    network = _start_block_at_zero(
+    return _start_block_at_zero(
         Network(conv_norm(None, stem, stride=2), conv_norm(stem, stage1), conv_norm(stage1, stage2, stride=2), branch, head)
     )
-    if not start.block:
-        ee.disable(network, "block")
-    return network
 
 
 def _named(conv: nn.Module, norm: nn.Module) -> nn.Sequential:
