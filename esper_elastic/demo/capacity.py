@@ -19,7 +19,7 @@ import esper_elastic as ee
 
 from .. import importance
 from ..errors import CapacityError, ElasticError
-from .network import Network, Widths
+from .network import Network, Widths, start_block_at_zero
 
 NARROW_SHARES = (0.75, 0.5, 0.25)
 _PARTS = {"stem": "stem.", "stage1": "stage1.", "stage2": "stage2.", "inner": "block."}
@@ -64,7 +64,8 @@ class Dial:
                 self.dims[part].grow(target, init="zero")
 
     def switch_on(self, step: int, reason: str) -> None:
-        """Switch the residual block on. Its last norm's scale is zero, so the function stays as it is until the block has learned."""
+        """Switch the residual block on, its last norm's scale set to zero first: the function stays as it is until the block has learned."""
+        start_block_at_zero(self.network)
         with self._timed(step, "switch", "block on", reason):
             ee.enable(self.network, "block")
 
@@ -143,7 +144,7 @@ class Dial:
 def _keep_best(dim: ee.ElasticDim, scores: Tensor, width: int) -> None:
     """Prune ``dim`` to its ``width`` best units, the best quarter of those first, then the next best: what narrower widths will use."""
     for kept in sorted({width, *(narrow_width(width, share) for share in NARROW_SHARES)}, reverse=True):
-        best = scores[: dim.active].topk(kept).indices.sort().values
+        best = importance.top(scores, kept)
         dim.keep(best)
         scores = scores[best]
     dim.resize(width)

@@ -80,7 +80,7 @@ def plain_network(widths: Widths) -> Network:
         return _named(conv, nn.BatchNorm2d(out_channels))
 
     branch = nn.Sequential(conv_norm(stage2, inner), nn.ReLU(), conv_norm(inner, stage2)) if block else None
-    return _start_block_at_zero(
+    return start_block_at_zero(
         Network(
             conv_norm(1, stem, stride=2),
             conv_norm(stem, stage1),
@@ -102,7 +102,7 @@ def elastic_network(start: Widths, capacity: Widths) -> Network:
     stem, stage1, stage2, inner = (ee.ElasticDim(active, most) for active, most in zip(start[:4], capacity[:4], strict=True))
     branch = ee.ElasticBlock(nn.Sequential(conv_norm(stage2, inner), nn.ReLU(), conv_norm(inner, stage2)), kind="branch", on=start.block)
     head = ee.ElasticLinear(stage2.active, NUM_CLASSES, in_dim=stage2)
-    return _start_block_at_zero(
+    return start_block_at_zero(
         Network(conv_norm(None, stem, stride=2), conv_norm(stem, stage1), conv_norm(stage1, stage2, stride=2), branch, head)
     )
 
@@ -111,7 +111,7 @@ def _named(conv: nn.Module, norm: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=conv, norm=norm))
 
 
-def _start_block_at_zero(network: Network) -> Network:
+def start_block_at_zero(network: Network) -> Network:
     """Zero the scale of the block's last norm: the block adds nothing until it has learned to, so switching it on changes no output."""
     norms = [module for module in network.block.modules() if isinstance(module, nn.BatchNorm2d)] if network.block is not None else []
     if norms:

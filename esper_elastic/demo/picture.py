@@ -46,14 +46,14 @@ def draw(path: Path, grown: Run, small: Run, large: Run, *, data_name: str, step
             x=0.065,
             y=0.975,
             ha="left",
-            fontsize=16,
+            fontsize=15.5,
             fontweight="bold",
         )
         figure.text(
             0.065,
             0.925,
             f"Test accuracy {grown.final_accuracy:.1f} % grown, {large.final_accuracy:.1f} % large from the start, "
-            f"{small.final_accuracy:.1f} % small for ever; {saved:.0f} % fewer multiply-adds than the large one over {steps} steps.",
+            f"{small.final_accuracy:.1f} % small for ever; {saved:.0f} % fewer multiply-adds than the large one.",
             color=QUIET,
             fontsize=11.5,
         )
@@ -63,8 +63,8 @@ def draw(path: Path, grown: Run, small: Run, large: Run, *, data_name: str, step
 
 
 def _draw_accuracy(axes: Axes, runs: Sequence[tuple[Run, str, float]], steps: int) -> None:
-    floor = min(percent for run, _, _ in runs for step, percent in run.curve if step >= 0.08 * steps)
-    axes.set_ylim(max(0.0, floor - 4), max(run.final_accuracy for run, _, _ in runs) + 1.5)
+    floor = min(percent for run, _, _ in runs for step, percent in run.curve if step >= min(0.2 * steps, run.curve[-1][0]))
+    axes.set_ylim(max(0.0, floor - 2), max(run.final_accuracy for run, _, _ in runs) + 1)
     for run, colour, width in runs:
         axes.plot(*zip(*run.curve, strict=True), color=colour, linewidth=width, marker="o", markersize=width + 1.2, clip_on=True)
     _label_ends(axes, [(run.final_accuracy, f"{run.label}\n{run.final_accuracy:.1f} %", colour) for run, colour, _ in runs], steps)
@@ -98,7 +98,9 @@ def _mark_events(top: Axes, bottom: Axes, events: Sequence[Event], steps: int) -
     spread = _spread([event.step / steps for event in marked], apart=0.155)
     for event, place in zip(marked, spread, strict=True):
         colour = _MARKS[event.kind]
-        text = f"{event.kind.upper()}  {event.microseconds:,.0f} us\n" + event.what.replace("->", "→").replace(" stage", "\nstage")
+        text = f"{event.kind.upper()}  {event.microseconds:,.0f} us\n" + event.what.replace("->", "→").replace(" stage", "\nstage").replace(
+            " inner", "\ninner"
+        )
         top.annotate(
             text,
             xy=(event.step / steps, 1.0),

@@ -23,22 +23,22 @@ from .data import Images, accuracy
 from .network import Network, Widths, elastic_network, plain_network
 from .plateau import Planned, PlateauDetector, Schedule
 
-SMALL = Widths(stem=8, stage1=8, stage2=16, inner=32, block=False)
-LARGE = Widths(stem=16, stage1=32, stage2=64, inner=32, block=True)
-PRUNED = {"stage1": 24, "inner": 24}
+SMALL = Widths(stem=8, stage1=8, stage2=16, inner=48, block=False)
+LARGE = Widths(stem=16, stage1=24, stage2=48, inner=48, block=True)
 EARLY_GROWTH = {"stage1": 16, "stage2": 32}
-LATE_GROWTH = {"stem": 16, "stage1": 32, "stage2": 64}
+LATE_GROWTH = {"stem": 16, "stage1": 24, "stage2": 48}
+PRUNED = {"stage1": 20, "inner": 32}
 
 
 @dataclass(frozen=True)
 class Settings:
     """What all three runs have in common."""
 
-    steps: int = 600
+    steps: int = 900
     batch_size: int = 128
     learning_rate: float = 0.02
     weight_decay: float = 0.01
-    warm_up: float = 0.2
+    warm_up: float = 0.3
     evaluate_every: int = 50
     evaluation_images: int = 2000
 
