@@ -119,7 +119,8 @@ def test_a_debian_package_is_unpacked_without_installing_it(published: Path, tmp
     root = tmp_path / "package"
     shutil.copytree(published, root / "usr/share/datasets/fashion-mnist")
     (root / "DEBIAN").mkdir()
-    (root / "DEBIAN/control").write_text("Package: dataset-fashion-mnist\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x.x>\nDescription: x\n")
+    fields = {"Package": datasets.DEBIAN_PACKAGE, "Version": "1", "Architecture": "all", "Maintainer": "x <x@x.x>", "Description": "x"}
+    (root / "DEBIAN/control").write_text("".join(f"{name}: {value}\n" for name, value in fields.items()))
     package = tmp_path / "dataset-fashion-mnist_1_all.deb"
     subprocess.run(["dpkg-deb", "--build", str(root), str(package)], check=True, capture_output=True)
     monkeypatch.setattr(datasets, "INSTALLED_FOLDER", Path("/usr/share/datasets/fashion-mnist"))

@@ -70,7 +70,9 @@ def run(options: Options, data: ImageData | None = None) -> list[SeedResult]:
     first = results[0]
     console.print(report.runs_table(results))
     path = options.out / "demo.png"
-    picture.draw(path, first.grown, first.small, first.large, data_name=data.name, steps=options.settings.steps)
+    shown = min(options.settings.evaluation_images, len(data.test_labels))
+    note = f"lines: the first {shown:,} test images; numbers: all {len(data.test_labels):,}; seed {first.seed}"
+    picture.draw(path, first.grown, first.small, first.large, data_name=data.name, steps=options.settings.steps, note=note)
     numbers = options.out / "demo.json"
     numbers.write_text(json.dumps(report.as_json(results, data), indent=1) + "\n")
     console.print(f"Picture: {path}   numbers: {numbers}   {time.perf_counter() - began:.0f} s in all.", highlight=False, soft_wrap=True)

@@ -64,7 +64,7 @@ class Dial:
                 self.dims[part].grow(target, init="zero")
 
     def switch_on(self, step: int, reason: str) -> None:
-        """Switch the residual block on, its last norm's scale set to zero first: the function stays as it is until the block has learned."""
+        """Switch the residual block on, its last norm's scale set to zero first, so that the function stays as it is at that moment."""
         start_block_at_zero(self.network)
         with self._timed(step, "switch", "block on", reason):
             ee.enable(self.network, "block")

@@ -31,8 +31,8 @@ _STYLE = {
 }
 
 
-def draw(path: Path, grown: Run, small: Run, large: Run, *, data_name: str, steps: int) -> None:
-    """Write the picture of three runs to ``path`` as PNG."""
+def draw(path: Path, grown: Run, small: Run, large: Run, *, data_name: str, steps: int, note: str = "") -> None:
+    """Write the picture of three runs to ``path`` as PNG, with a small ``note`` below it."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(12, 8.4), dpi=140)
         top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 1.5), "hspace": 0.09})
@@ -57,6 +57,7 @@ def draw(path: Path, grown: Run, small: Run, large: Run, *, data_name: str, step
             color=QUIET,
             fontsize=11.5,
         )
+        figure.text(0.86, 0.022, note, color=QUIET, fontsize=8.5, ha="right")
         figure.subplots_adjust(left=0.065, right=0.86, top=0.8, bottom=0.075)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, facecolor="white")
