@@ -212,7 +212,7 @@ def test_pruning_keeps_the_best_units_and_puts_the_best_of_them_first(dial: capa
     one_step(dial, images, optimizer)
     scores = torch.tensor([3.0, 9.0, 1.0, 8.0, 2.0, 7.0, 0.0, 5.0])
     kernels = dial.network.stage1.conv.weight.detach().clone()
-    dial._scores = {part: scores if part == "stage1" else torch.arange(dim.active).float() for part, dim in dial.dims.items()}
+    dial._scores = {part: scores if part == "stage1" else -torch.arange(dim.active).float() for part, dim in dial.dims.items()}
     dial.prune(5, {"stage1": 4})
     assert dial.widths.stage1 == 4
     # a quarter of 4 is unit 1, half adds unit 3, three quarters unit 5, all of them unit 7
