@@ -5,8 +5,10 @@ be built the installation goes on without it: the reason is left in ``esper_elas
 ``esper_elastic.backend_info()`` reports.
 """
 
+import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +19,9 @@ ROOT = Path(__file__).resolve().parent
 FAILURE = "_build_failure.txt"
 CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fopenmp"]
 NVCC_FLAGS = ["-O3", "-std=c++20"]
+
+# The interpreter's own ninja, whether or not its environment is activated: two versions of ninja discard each other's logs and compile all.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def sources(pattern: str) -> list[str]:

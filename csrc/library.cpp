@@ -12,6 +12,12 @@ TORCH_LIBRARY(esper_elastic, m) {
   m.def("linear_grad_input(Tensor grad, Tensor weight, Tensor control, Tensor slots, SymInt? width, SymInt in_width) -> Tensor");
   m.def("linear_grad_weight(Tensor grad, Tensor input, Tensor weight, Tensor control, Tensor slots, SymInt? width) -> Tensor");
   m.def("linear_grad_bias(Tensor grad, Tensor bias, Tensor control, Tensor slots, SymInt? width) -> Tensor");
+  m.def(
+      "conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor control, Tensor slots, int[2] stride, int[2] padding, int[2] dilation, "
+      "bool grouped, SymInt? width, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor control, Tensor slots, int[2] stride, int[2] padding, "
+      "int[2] dilation, bool grouped, SymInt? width, bool[3] mask) -> (Tensor, Tensor, Tensor)");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C() {

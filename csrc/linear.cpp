@@ -3,6 +3,7 @@
 // The operands are strided slices: gemm takes the leading dimension, so no copy of the weight is made unless autocast asks for one, which
 // then has the active size.
 
+#include "gradient.h"
 #include "widths.h"
 
 #include <ATen/autocast_mode.h>
@@ -16,23 +17,6 @@ using at::Tensor;
 using c10::SymInt;
 using std::optional;
 using torch::autograd::variable_list;
-
-struct Block {  // one pair of runs: where it lies in the weight and in the activations
-  Run row, column, out, in;
-};
-
-struct Plan {
-  // While a switch above is off, a layer in static layout has no active rows: outputs and gradients are zero and nothing is computed.
-  Plan(const Tensor& control, const Tensor& slots, bool compact)
-      : rows(compact || switched_on(control, slots) ? active_runs(control, slots, 0) : Runs()),
-        columns(active_runs(control, slots, 1)),
-        out(placed(rows, compact)),
-        in(placed(columns, compact)) {}
-
-  bool single() const { return rows.size() == 1 && columns.size() == 1; }
-
-  Runs rows, columns, out, in;
-};
 
 Tensor flat(const Tensor& tensor) { return tensor.reshape({-1, tensor.size(-1)}); }
 
@@ -107,8 +91,7 @@ Tensor linear_grad_input_native(
 Tensor linear_grad_weight_native(
     const Tensor& grad, const Tensor& input, const Tensor& weight, const Tensor& control, const Tensor& slots, optional<int64_t> width) {
   const Plan plan(control, slots, width.has_value());
-  const double fraction = static_cast<double>(total(plan.rows) * total(plan.columns)) / std::max<int64_t>(weight.numel(), 1);
-  Tensor gw = fraction == 1.0 ? at::empty_like(weight, at::MemoryFormat::Contiguous) : zeros_for_gradient(weight, fraction);
+  Tensor gw = zeros_for_gradient(weight, plan.rows, plan.columns);
   const Tensor gy = flat(grad), x = flat(input);
   for (size_t r = 0; r < plan.rows.size(); ++r) {
     for (size_t c = 0; c < plan.columns.size(); ++c) {
@@ -196,7 +179,8 @@ struct Linear : torch::autograd::Function<Linear> {
       std::move(gradients.begin(), gradients.end(), result.begin());
       return result;
     }
-    at::AutoDispatchBelowADInplaceOrView guard;
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const KeepGradients keep;
     static auto& dispatcher = c10::Dispatcher::singleton();
     if (needed[0]) {
       static auto op =

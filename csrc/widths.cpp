@@ -2,9 +2,6 @@
 
 #include "widths.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <torch/csrc/Exceptions.h>
 
 namespace esper {
@@ -80,16 +77,6 @@ at::Tensor embed(const at::Tensor& part, int64_t axis, const Runs& runs, int64_t
   }
   fill(size - end);
   return at::cat(parts, axis);
-}
-
-at::Tensor zeros_for_gradient(const at::Tensor& like, double active_fraction) {
-  constexpr size_t kWorthwhile = size_t{1} << 18;
-  const size_t bytes = like.numel() * like.element_size();
-  if (!like.is_cpu() || bytes < kWorthwhile || active_fraction > 0.8) return at::zeros_like(like, at::MemoryFormat::Contiguous);
-  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pages == MAP_FAILED) return at::zeros_like(like, at::MemoryFormat::Contiguous);
-  madvise(pages, bytes, MADV_NOHUGEPAGE);  // a huge page would zero what nobody reads
-  return at::from_blob(pages, like.sizes(), [bytes](void* begin) { munmap(begin, bytes); }, like.options());
 }
 
 void zero_dormant(at::Tensor& tensor, int64_t axis, const Runs& runs) {

@@ -26,15 +26,25 @@ int64_t total(const Runs& runs);
 // Where the runs lie in an activation: at capacity offsets in static layout, packed in compact layout.
 Runs placed(const Runs& runs, bool compact);
 
+// The active runs of a weight with two elastic axes, and where they lie in the activations.
+struct Plan {
+  // While a switch above is off, a layer in static layout has no active rows: outputs and gradients are zero and nothing is computed.
+  Plan(const at::Tensor& control, const at::Tensor& slots, bool compact)
+      : rows(compact || switched_on(control, slots) ? active_runs(control, slots, 0) : Runs()),
+        columns(active_runs(control, slots, 1)),
+        out(placed(rows, compact)),
+        in(placed(columns, compact)) {}
+
+  bool single() const { return rows.size() == 1 && columns.size() == 1; }
+
+  Runs rows, columns, out, in;
+};
+
 // The active part of `tensor` along `axis`: a view for a single run, a copy of the active part otherwise.
 at::Tensor slice(const at::Tensor& tensor, int64_t axis, const Runs& runs);
 
 // The inverse of `slice`: `part` at its runs in an axis of `size`, zero elsewhere. Differentiable.
 at::Tensor embed(const at::Tensor& part, int64_t axis, const Runs& runs, int64_t size);
-
-// A zeroed tensor of `like`'s shape and type for a gradient of which only `active_fraction` will be written: on the CPU, large ones come
-// as untouched pages of the kernel, so that the dormant part costs neither time nor memory.
-at::Tensor zeros_for_gradient(const at::Tensor& like, double active_fraction);
 
 // Set the indices of `axis` outside `runs` to zero.
 void zero_dormant(at::Tensor& tensor, int64_t axis, const Runs& runs);

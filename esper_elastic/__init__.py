@@ -4,7 +4,7 @@ from . import errors
 from .control import ControlBlock, ElasticDim, concat
 from .convert import export
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
-from .layers import ElasticBlock, ElasticLinear
+from .layers import ElasticBlock, ElasticConv2d, ElasticLinear
 from .model import control_block, dims, disable, enable, resize, set_layout
 from .ops import backend_info
 
@@ -16,6 +16,7 @@ __all__ = [
     "concat",
     "ElasticBlock",
     "ElasticLinear",
+    "ElasticConv2d",
     "backend_info",
     "control_block",
     "dims",

@@ -2,6 +2,7 @@
 
 from .base import ElasticLayer
 from .block import ElasticBlock
+from .conv import ElasticConv2d
 from .linear import ElasticLinear
 
-__all__ = ["ElasticBlock", "ElasticLayer", "ElasticLinear"]
+__all__ = ["ElasticBlock", "ElasticConv2d", "ElasticLayer", "ElasticLinear"]

@@ -5,7 +5,8 @@ plain PyTorch; the compiled library of ``csrc`` serves the same on strided slice
 """
 
 from .backend import backend_info
+from .conv2d import conv2d
 from .linear import linear
 from .widths import Widths
 
-__all__ = ["Widths", "backend_info", "linear"]
+__all__ = ["Widths", "backend_info", "conv2d", "linear"]

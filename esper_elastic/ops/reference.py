@@ -26,6 +26,25 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, widths: Widths) -
     return fence(output, widths.control, widths.label)
 
 
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    widths: Widths,
+    stride: tuple[int, ...],
+    padding: str | tuple[int, ...],
+    dilation: tuple[int, ...],
+    grouped: bool,
+) -> Tensor:
+    """``output[r] = sum_c weight[r, c] * input[c] + bias[r]`` over active rows r and columns c; grouped, over those of r's group."""
+    rows, columns = widths.axes
+    w = active_slice(weight, 0, rows)
+    w, groups = (w, columns.active // weight.shape[1]) if grouped else (active_slice(w, 1, columns), 1)
+    b = None if bias is None else active_slice(bias, 0, rows)
+    x = enter(input, -3, columns, widths)
+    return fence(leave(F.conv2d(x, w, b, stride, padding, dilation, groups), -3, rows, widths), widths)
+
+
 def active_slice(tensor: Tensor, index: int, axis: Axis) -> Tensor:
     """The active part of a capacity-sized tensor along one axis: a view for a single run."""
     return take(tensor, index, axis.runs())

@@ -1,0 +1,86 @@
+# The only task runner. Every target makes what it needs first, and does nothing twice: `make demo` and `make test` work on a fresh clone.
+#
+#   make test SYSTEM=1 PY=/usr/bin/python3    use a Python that already has torch and the test packages: no .venv, no network, build in place
+#   make setup PYTHON=python3.12              the Python that .venv is made from
+
+PYTHON ?= python3
+WORKERS ?= 2
+STAMPS := .stamps
+
+ifdef SYSTEM
+PY ?= $(PYTHON)
+READY :=
+BUILT := $(STAMPS)/build-system
+else
+PY := .venv/bin/python
+READY := $(STAMPS)/venv
+BUILT := $(STAMPS)/build
+endif
+
+RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+PYTEST := $(RUN) $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --benchmark-disable
+ESPER := $(RUN) $(PY) -m esper_elastic.cli
+CSRC := $(shell find csrc -type f)
+
+.PHONY: setup build demo demo-seeds test test-slow check bench docs clean
+
+setup: $(BUILT)
+
+build: $(BUILT)
+
+$(STAMPS)/venv: requirements-test.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet -r requirements-test.txt
+	@mkdir -p $(STAMPS) && touch $@
+
+# The library is compiled first, where the compiler's output is seen; the editable installation finds the object files ready.
+$(STAMPS)/build: $(STAMPS)/installed $(CSRC) setup.py
+	$(RUN) $(PY) setup.py -q build_ext --inplace
+	@$(call refuse_failed_build)
+	@touch $@
+
+$(STAMPS)/installed: $(READY) pyproject.toml setup.py
+	$(RUN) $(PY) setup.py -q build_ext --inplace
+	$(RUN) $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(STAMPS)/build-system: $(CSRC) setup.py
+	$(RUN) $(PY) setup.py -q build_ext --inplace
+	@$(call refuse_failed_build)
+	@mkdir -p $(STAMPS) && touch $@
+
+# Without a compiler the package works on its reference ops; with one, a library that does not build is an error here.
+define refuse_failed_build
+if [ -e esper_elastic/_build_failure.txt ]; then cat esper_elastic/_build_failure.txt; ! command -v "$${CXX:-c++}" >/dev/null; fi
+endef
+
+demo: $(BUILT)
+	$(ESPER) demo
+
+demo-seeds: $(BUILT)
+	$(ESPER) demo --seeds 3
+
+test: $(BUILT)
+	$(PYTEST) -m "not slow" tests
+
+test-slow: $(BUILT)
+	$(PYTEST) -m slow tests
+
+check: $(READY)
+	$(RUN) $(PY) -m ruff check .
+	$(RUN) $(PY) -m ruff format --check .
+	$(RUN) $(PY) -m mypy
+
+bench: $(BUILT)
+	$(RUN) $(PY) -m pytest benchmarks --benchmark-only --write-results
+
+# runs the examples that the pages contain
+docs: $(BUILT)
+	$(RUN) $(PY) -m doctest -o NORMALIZE_WHITESPACE -o ELLIPSIS README.md $(wildcard docs/*.md)
+
+clean:
+	rm -rf .venv $(STAMPS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f esper_elastic/_C*.so esper_elastic/_build_failure.txt
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
