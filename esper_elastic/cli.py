@@ -48,3 +48,7 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
     return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
