@@ -28,6 +28,9 @@ Tensor operand(const Tensor& weight, const Run& row, const Run& column, at::Scal
   return narrow(narrow(weight, 0, row), 1, column).to(dtype);
 }
 
+// Adding the products of several runs up in the output rounds at each. In a narrow type that is worth a copy of the active operands.
+bool rounds_too_often(const Runs& summed, at::ScalarType dtype) { return summed.size() > 1 && at::isReducedFloatingType(dtype); }
+
 Tensor empty_like_with_width(const Tensor& input, int64_t width) {
   auto sizes = input.sizes().vec();
   sizes.back() = width;
@@ -46,6 +49,15 @@ Tensor linear_native(
   }
   Tensor output = empty_like_with_width(input, width.value_or(weight.size(0)));
   Tensor y = output.view({-1, output.size(-1)});
+  if (rounds_too_often(plan.columns, type)) {
+    const Tensor x = width ? flat(input) : slice(flat(input), 1, plan.in);
+    for (size_t r = 0; r < plan.rows.size(); ++r) {
+      const Tensor w = slice(narrow(weight, 0, plan.rows[r]), 1, plan.columns).to(type);
+      narrow(y, 1, plan.out[r]).copy_(at::linear(x, w, bias_at(plan.rows[r])));
+    }
+    zero_dormant(y, 1, plan.out);
+    return output;
+  }
   const Tensor x = flat(input);
   for (size_t r = 0; r < plan.rows.size(); ++r) {
     Tensor part = narrow(y, 1, plan.out[r]);
@@ -72,10 +84,19 @@ Tensor linear_grad_input_native(
   Tensor gx = output.view({-1, output.size(-1)});
   const Tensor gy = flat(grad);
   if (plan.rows.empty()) return output.zero_();
+  if (rounds_too_often(plan.rows, grad.scalar_type())) {
+    const Tensor gr = width ? gy : slice(gy, 1, plan.out);
+    for (size_t c = 0; c < plan.columns.size(); ++c) {
+      const Tensor w = slice(narrow(weight, 1, plan.columns[c]), 0, plan.rows).to(grad.scalar_type());
+      narrow(gx, 1, plan.in[c]).copy_(at::mm(gr, w));
+    }
+    zero_dormant(gx, 1, plan.in);
+    return output;
+  }
   for (size_t c = 0; c < plan.columns.size(); ++c) {
     Tensor part = narrow(gx, 1, plan.in[c]);
     for (size_t r = 0; r < plan.rows.size(); ++r) {
-      const Tensor w = operand(weight, plan.rows[r], plan.columns[c], grad.scalar_type());
+      const Tensor w = operand(weight, plan.rows[r], plan.columns[c], grad.scalar_type()).conj();
       const Tensor gr = narrow(gy, 1, plan.out[r]);
       if (r > 0) {
         part.addmm_(gr, w);
@@ -96,7 +117,7 @@ Tensor linear_grad_weight_native(
   for (size_t r = 0; r < plan.rows.size(); ++r) {
     for (size_t c = 0; c < plan.columns.size(); ++c) {
       Tensor part = narrow(narrow(gw, 0, plan.rows[r]), 1, plan.columns[c]);
-      const Tensor gr = narrow(gy, 1, plan.out[r]).t(), xc = narrow(x, 1, plan.in[c]);
+      const Tensor gr = narrow(gy, 1, plan.out[r]).t(), xc = narrow(x, 1, plan.in[c]).conj();
       if (gr.scalar_type() == part.scalar_type()) {
         at::mm_out(part, gr, xc);
       } else {
@@ -124,16 +145,17 @@ variable_list differentiable_backward(
   variable_list result(3);
   const Tensor gy = slice(flat(grad), 1, plan.out);
   if (needed[0]) {
-    const Tensor w = slice(slice(weight, 0, plan.rows), 1, plan.columns).to(gy.scalar_type());
+    const Tensor w = slice(slice(weight, 0, plan.rows), 1, plan.columns).to(gy.scalar_type()).conj();
     auto sizes = grad.sizes().vec();
     sizes.back() = in_width;
     result[0] = embed(gy.mm(w), 1, plan.in, in_width).view(sizes);
   }
   if (needed[1]) {
-    const Tensor gw = gy.t().mm(slice(flat(input), 1, plan.in)).to(weight.scalar_type());
+    const Tensor gw = gy.t().mm(slice(flat(input), 1, plan.in).conj()).to(weight.scalar_type());
     result[1] = embed(embed(gw, 1, plan.columns, weight.size(1)), 0, plan.rows, weight.size(0));
   }
   if (needed[2]) result[2] = embed(gy.sum(0).to(bias.scalar_type()), 0, plan.rows, bias.size(0));
+  for (Tensor& gradient : result) gradient = fence(gradient, control, "ElasticLinear");
   return result;
 }
 
@@ -152,8 +174,10 @@ struct Linear : torch::autograd::Function<Linear> {
   static Tensor forward(
       torch::autograd::AutogradContext* ctx, const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
       const Tensor& control, const Tensor& slots, const optional<SymInt>& width, optional<at::ScalarType> dtype) {
-    const bool weight_grad = weight.requires_grad();
-    ctx->save_for_backward({weight_grad ? input : Tensor(), weight, bias.value_or(Tensor()), slots});
+    // Values are saved where a gradient needs them, as nn does; for the other gradients the shape of a parameter is enough.
+    ctx->save_for_backward({weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor(), slots});
+    ctx->saved_data["weight"] = weight;
+    ctx->saved_data["bias"] = bias.value_or(Tensor());
     ctx->saved_data["in_width"] = input.sym_size(-1);
     ctx->saved_data["control"] = control;
     ctx->saved_data["version"] = static_cast<int64_t>(control._version());
@@ -166,7 +190,9 @@ struct Linear : torch::autograd::Function<Linear> {
     const Tensor control = ctx->saved_data["control"].toTensor();
     check_generation(control, ctx->saved_data["version"].toInt(), "ElasticLinear");
     const auto saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &slots = saved[3], &grad = grads[0];
+    const Tensor &input = saved[0], &slots = saved[2], &grad = grads[0];
+    const Tensor weight = saved[1].defined() ? saved[1] : ctx->saved_data["weight"].toTensor();
+    const Tensor bias = ctx->saved_data["bias"].toTensor();
     variable_list result(7);
     if (!grad.defined()) return result;
     const auto& stored = ctx->saved_data["width"];

@@ -3,6 +3,7 @@
 #include "widths.h"
 
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 namespace esper {
 
@@ -59,6 +60,22 @@ at::Tensor slice(const at::Tensor& tensor, int64_t axis, const Runs& runs) {
   return at::cat(parts, axis);
 }
 
+std::optional<at::Tensor> sliced(const std::optional<at::Tensor>& tensor, const Runs& runs) {
+  return tensor ? given(slice(*tensor, 0, runs)) : std::nullopt;
+}
+
+std::optional<at::Tensor> given(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+void write(at::Tensor& storage, const at::Tensor& part, int64_t axis, const Runs& runs) {
+  int64_t offset = 0;
+  for (const Run& run : runs) {
+    storage.narrow(axis, run.start, run.length).copy_(part.narrow(axis, offset, run.length));
+    offset += run.length;
+  }
+}
+
 at::Tensor embed(const at::Tensor& part, int64_t axis, const Runs& runs, int64_t size) {
   if (total(runs) == size) return part;
   std::vector<at::Tensor> parts;
@@ -101,7 +118,29 @@ struct GenerationError : torch::PyTorchError {
   }
 };
 
+struct Fence : torch::autograd::Function<Fence> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& tensor, const at::Tensor& control, std::string op) {
+    ctx->saved_data["control"] = control;
+    ctx->saved_data["version"] = static_cast<int64_t>(control._version());
+    ctx->saved_data["op"] = op;
+    return tensor.view_as(tensor);
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    const at::Tensor control = ctx->saved_data["control"].toTensor();
+    const std::string op = ctx->saved_data["op"].toStringRef();
+    check_generation(control, ctx->saved_data["version"].toInt(), op.c_str());
+    return {fence(grads[0], control, op.c_str()), at::Tensor(), at::Tensor()};
+  }
+};
+
 }  // namespace
+
+at::Tensor fence(const at::Tensor& gradient, const at::Tensor& control, const char* op) {
+  const bool tracked = gradient.defined() && gradient.requires_grad() && at::GradMode::is_enabled();
+  return tracked ? Fence::apply(gradient, control, std::string(op)) : gradient;
+}
 
 void check_generation(const at::Tensor& control, int64_t version, const char* op) {
   const int64_t now = control._version();

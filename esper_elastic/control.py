@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -114,11 +114,19 @@ class ControlBlock:
     def batch(self) -> Iterator[ControlBlock]:
         """Stage every change made inside, and publish all of them in one commit at the end; none, if the body raises.
 
-        Reading ``active`` inside gives the published value. Batches nest: the outermost one commits.
+        Reading ``active`` inside gives the published value. Batches nest: the outermost one commits, and an inner one whose body raises
+        drops what it staged.
         """
         self._require_owner()
         if self._batch is not None:
-            yield self
+            values, count = dict(self._batch.values), len(self._batch.prepares)
+            try:
+                yield self
+            except BaseException:
+                self._batch.values.clear()
+                self._batch.values.update(values)
+                del self._batch.prepares[count:]
+                raise
             return
         self._batch = batch = _Batch({}, [])
         try:
@@ -127,7 +135,7 @@ class ControlBlock:
             self._batch = None
         for prepare in batch.prepares:
             prepare()
-        self.commit(batch.values.items())
+        self.commit(batch.values.items(), moved=bool(batch.prepares))
 
     def stage(self, entry: _Entry, value: int, prepare: Callable[[], None] | None = None) -> None:
         """Publish one valid value now, or with the open batch. ``prepare`` moves the data that the new value needs, just before."""
@@ -150,8 +158,12 @@ class ControlBlock:
         else:
             self.commit(changes)
 
-    def commit(self, changes: Iterable[tuple[_Entry, int]]) -> None:
+    def commit(self, changes: Iterable[tuple[_Entry, int]], moved: bool = False) -> None:
         """Publish valid values in one write: host mirror, versions, generation, device replicas. Nothing happens where nothing changes.
+
+        Args:
+            changes: entries with their new values.
+            moved: units were moved or initialised for it, so that older graphs are void though every value may be as before.
 
         Raises:
             OwnerError: the calling thread does not own the block.
@@ -159,7 +171,7 @@ class ControlBlock:
         if threading.get_ident() != self.owner:
             self._require_owner()
         changes = [(entry, value) for entry, value in changes if entry._value != value]
-        if not changes:
+        if not changes and not moved:
             return
         values = self._view.from_address(self._host.data_ptr())  # fetched anew: share_memory_ and friends move storage
         for entry, value in changes:
@@ -211,17 +223,24 @@ class ControlBlock:
 
     @staticmethod
     def merge(blocks: Iterable[ControlBlock]) -> ControlBlock:
-        """Move every entry into the largest of ``blocks``, and rebind the layers that moved. Widths and generation stay."""
+        """Move every entry into the largest of ``blocks``, and rebind the layers that moved. Widths stay; the highest generation wins.
+
+        Raises:
+            OwnerError: one of the blocks belongs to another thread; nothing has moved.
+            CapacityError: a batch is open; nothing has moved.
+        """
         distinct = list({id(block): block for block in blocks}.values())
         target = max(distinct, key=lambda block: len(block._entries))
+        if len(distinct) == 1:
+            return target
+        for block in distinct:
+            block._require_owner()
+            if block._batch is not None:
+                raise CapacityError("ControlBlock: cannot merge with another block while a batch is open. Leave the batch first.")
         users: dict[int, User] = {}
         for block in distinct:
             if block is target:
                 continue
-            target._require_owner()
-            block._require_owner()
-            if block._batch is not None or target._batch is not None:
-                raise CapacityError("ControlBlock: cannot merge with another block while a batch is open. Leave the batch first.")
             for entry in block.entries():
                 users.update((id(user), user) for user in entry.users())
                 entry.slot = target._place(entry)
@@ -235,14 +254,11 @@ class ControlBlock:
         return target
 
     def _place(self, entry: _Entry) -> int:
-        """Give ``entry`` a slot, reusing those of dead entries, and write its value there."""
+        """Give ``entry`` a slot and write its value there."""
         if self._used == self._host.numel() and not self._free:
-            self._free = [slot for slot, reference in self._entries.items() if reference() is None]
+            self._reallocate()
         slot = self._free.pop() if self._free else self._used
-        if slot == self._used:
-            if self._used == self._host.numel():
-                self._reallocate()
-            self._used += 1
+        self._used += slot == self._used
         self._entries[slot] = weakref.ref(entry)
         self._view.from_address(self._host.data_ptr())[slot] = entry._value
         for replica in self._replicas.values():
@@ -256,9 +272,11 @@ class ControlBlock:
         self._replicas: dict[torch.device, Tensor] = {}
 
     def _reallocate(self) -> None:
+        """Move to a new vector. Slots of dead entries are free in it; in the old one, graphs that outlive their layer still read them."""
         old, replicas = self._host, self._replicas
         self._superseded += [old, *replicas.values()]
-        self._allocate(2 * old.numel())
+        self._free = [slot for slot, reference in self._entries.items() if reference() is None]
+        self._allocate(old.numel() if 4 * len(self._free) >= old.numel() else 2 * old.numel())
         self._host[: old.numel()] = old
         for user in {id(user): user for entry in self.entries() for user in entry.users()}.values():
             user.bind_control()
@@ -273,7 +291,7 @@ class ControlBlock:
         self.generation = state["generation"]
         values = state["values"]
         self._allocate(max(self._SLACK, len(values)))
-        self._host[: len(values)] = torch.tensor(values, dtype=torch.int32)
+        self._host[: len(values)] = torch.tensor(values, dtype=torch.int32, device="cpu")
         self._used = len(values)
 
     def _register(self, entry: _Entry) -> None:
@@ -319,6 +337,9 @@ class _Entry:
         alive = self.users()
         if not any(known is user for known in alive):
             self._users = [weakref.ref(known) for known in alive] + [weakref.ref(user)]
+
+    def __copy__(self) -> Self:
+        return self  # a second object for the same slot would part from it at the next commit
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_users"}
@@ -479,11 +500,10 @@ class ElasticDim(_Entry, Axis):
                 f"{self.label}: cannot activate {n} units: minimum is {self.minimum}. To switch a layer off, put it in an ElasticBlock."
             )
         if n % self.multiple_of:
-            below = n - n % self.multiple_of
-            raise CapacityError(
-                f"{self.label}: cannot activate {n} units: expected a multiple of {self.multiple_of}. "
-                f"The nearest are {below} and {below + self.multiple_of}."
-            )
+            step = self.multiple_of
+            near = [width for width in (n - n % step, n - n % step + step) if self.minimum <= width <= self._capacity]
+            hint = f"The nearest: {' and '.join(map(str, near))}." if near else "No width of this dim is one: build it with other bounds."
+            raise CapacityError(f"{self.label}: cannot activate {n} units: expected a multiple of {step}. {hint}")
         return n
 
     def resize(self, n: int) -> None:

@@ -19,6 +19,10 @@ class UnknownDimError(CapacityError, KeyError):
     __str__ = Exception.__str__  # KeyError would print the repr of the message
 
 
+class StateDictError(CapacityError, RuntimeError):
+    """A ``state_dict`` whose widths or shapes the model cannot take; also the :class:`RuntimeError` that ``nn.Module`` would raise."""
+
+
 class LayoutError(ElasticError, ValueError):
     """An operand whose width or layout is not the one that the layer has now."""
 

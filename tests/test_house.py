@@ -22,6 +22,7 @@ ORDER = (
     {"control"},
     {"ops"},
     {"layers"},
+    {"followers"},
     {"optim", "growth", "importance"},
     {"model"},
     {"convert"},
@@ -152,9 +153,14 @@ assert not torch.cuda.is_initialized(), "importing the package initialised CUDA"
 """
 
 
+# An editable installation would lend a copy of the package the compiled library of the checkout.
+FORGET_EDITABLE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
+
+
 def run_python(code: str, cwd: Path) -> str:
     """Standard output of a fresh interpreter whose only esper_elastic is the one in `cwd`."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=os.environ | {"PYTHONPATH": str(cwd)}, capture_output=True, text=True)
+    command = [sys.executable, "-c", FORGET_EDITABLE + code]
+    done = subprocess.run(command, cwd=cwd, env=os.environ | {"PYTHONPATH": str(cwd)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -15,7 +15,7 @@ from ..control import Axis, ControlBlock, ElasticDim, Switch, exact_int
 from ..errors import CapacityError, LayoutError
 from ..ops import Widths
 from ..ops.reference import active_slice
-from . import registry
+from . import registry, state
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
@@ -44,6 +44,11 @@ class ElasticLayer(nn.Module):
         """The half-width of the uniform law that ``nn`` would draw weights from at the active size."""
         raise NotImplementedError
 
+    @property
+    def inseparable(self) -> int:
+        """Neighbouring indices of the weight's first axis that stay or go together, since the layer computes them as one group."""
+        return 1
+
     # Construction
 
     def _adopt(self, dense: nn.Module, dims: dict[str, Axis]) -> None:
@@ -51,6 +56,7 @@ class ElasticLayer(nn.Module):
 
         ``dims`` are the attributes to set, in the order of the axes of the weight.
         """
+        state.wrap_module_methods()
         nn.Module.__init__(self)
         for key, value in dense.__dict__.items():
             if key not in _MODULE_ATTRIBUTES and not isinstance(getattr(type(self), key, None), property):
@@ -96,9 +102,9 @@ class ElasticLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the active slice as ``nn`` would with the same seed, and the dormant part from a generator of its own."""
-        parameter = next((p for p in self._parameters.values() if p is not None), None)
-        if parameter is not None:
-            self._fill(self._dense(parameter.device, parameter.dtype))
+        tensor = self._first_tensor()
+        if tensor is not None:
+            self._fill(self._dense(tensor.device, tensor.dtype))
 
     # Dense twins
 
@@ -138,6 +144,35 @@ class ElasticLayer(nn.Module):
                 tensor = active_slice(tensor, index, axis)
         return tensor
 
+    # state_dict
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        """Load as ``nn`` does, and tensors of the active size into the active slice."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        for name, axes in self.tensor_axes().items():
+            storage, source = getattr(self, name), state_dict.get(prefix + name)
+            if storage is None or not isinstance(source, Tensor) or source.shape == storage.shape:
+                continue
+            if source.shape == tuple(size if axis is None else axis.active for size, axis in zip(storage.shape, axes, strict=True)):
+                state_dict = {**state_dict, prefix + name: self._filled(name, axes, storage, source, assign)}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if assign:
+            self.bind_control()
+
+    @torch.no_grad()
+    def _filled(self, name: str, axes: tuple[Axis | None, ...], storage: Tensor, source: Tensor, assign: bool) -> Tensor:
+        """``storage`` with ``source`` in its active slice: itself, or with ``assign`` a new tensor of the kind of ``source``."""
+        if storage.is_meta and not assign:
+            return source.new_zeros(()).expand(storage.shape)  # for torch to warn of, and to load nothing from
+        if assign:
+            old, storage = storage, _at_capacity(source, axes)
+            if old.is_meta:
+                self._fill_dormant(name, storage)
+            else:
+                storage.copy_(old)
+        _write_active(storage, axes, source)
+        return storage
+
     # Layout
 
     @property
@@ -156,12 +191,20 @@ class ElasticLayer(nn.Module):
 
     def bind_control(self) -> None:
         """Fetch the control tensor and slots again, and note each parameter's axes where optimizers look for them."""
-        tensor = next((t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None)
+        tensor = self._first_tensor()
         self._widths.bind(torch.device("cpu") if tensor is None else tensor.device)
         for name, axes in self.tensor_axes().items():
             parameter = self._parameters.get(name)
             if parameter is not None:
                 registry.register(parameter, axes, self._widths.switches)
+
+    def _first_tensor(self) -> Tensor | None:
+        return next((t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None)
+
+    def _follow(self, input: Tensor) -> None:
+        """Bind a layer without parameters and buffers, which is on no device of its own, to that of its input."""
+        if input.device != self._widths.device and self._first_tensor() is None:
+            self._widths.bind(input.device)
 
     def govern(self, switch: Switch) -> None:
         """Put the layer under the switch of a block around it."""
@@ -179,12 +222,16 @@ class ElasticLayer(nn.Module):
                 registry.register(param, axes, self._widths.switches)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                registry.forget(parameter)  # torch swaps the contents of tensors only where nothing refers to them weakly
         super()._apply(fn, recurse)
         self.bind_control()
         return self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        state.wrap_module_methods()
+        super().__setstate__(attributes)
         for entry in (*(dim for axis in self._widths.axes for dim in axis.dims), *self._widths.switches):
             entry.attach(self)
         self.bind_control()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..control import Axis, ControlBlock, Switch
 from ..errors import LayoutError
 from ..ops.reference import fence
-from . import registry
+from . import registry, state
 from .base import ElasticLayer
 
 KINDS = ("block", "branch")
@@ -37,6 +37,7 @@ class ElasticBlock(nn.Module):
     slot: Tensor
 
     def __init__(self, module: nn.Module, kind: str = "block", *, on: bool = True) -> None:
+        state.wrap_module_methods()
         super().__init__()
         if kind not in KINDS:
             raise LayoutError(f"ElasticBlock: kind: expected 'block' or 'branch', got {kind!r}.")
@@ -98,6 +99,8 @@ class ElasticBlock(nn.Module):
             self.slot = torch.tensor([self.switch.slot], dtype=torch.int32, device=self.control.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        for parameter in self.module.parameters():
+            registry.forget(parameter)  # as ElasticLayer does
         super()._apply(fn, recurse)
         self.govern()
         return self
@@ -105,8 +108,9 @@ class ElasticBlock(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("control", "slot")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        state.wrap_module_methods()
+        super().__setstate__(attributes)
         self.switch.attach(self)
         self.govern()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import torch.nn.functional as F
@@ -108,6 +109,11 @@ class ElasticConv2d(ElasticLayer, nn.Conv2d):
         """The groups that activations have now."""
         return 1 if self._group_width is None else self._widths.size(1) // self._group_width
 
+    @property
+    def inseparable(self) -> int:
+        """The output channels of a group."""
+        return 1 if self._group_width is None else self._group_width * self.out_dim.capacity // self.in_dim.capacity
+
     def tensor_axes(self) -> dict[str, tuple[Axis | None, ...]]:
         columns = self.in_dim if self._group_width is None else None
         return {"weight": (self.out_dim, columns, None, None), "bias": (self.out_dim,)}
@@ -140,7 +146,10 @@ class ElasticConv2d(ElasticLayer, nn.Conv2d):
         return 1 / math.sqrt((self._group_width or self.in_dim.active) * math.prod(self.kernel_size))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, max_in_channels={self.in_dim.capacity}, max_out_channels={self.out_dim.capacity}"
+        sizes = {name: getattr(self, name) for name in ("in_channels", "out_channels", "groups", "bias")}
+        shown = SimpleNamespace(**self.__dict__, **sizes)  # nn formats its __dict__, where it keeps the sizes
+        text = nn.Conv2d.extra_repr(shown)  # type: ignore[arg-type]
+        return f"{text}, max_in_channels={self.in_dim.capacity}, max_out_channels={self.out_dim.capacity}"
 
 
 def _dims(

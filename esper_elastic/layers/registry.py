@@ -52,6 +52,11 @@ def add_switch(parameter: Tensor, switch: Switch) -> None:
         _registry[parameter] = ParameterAxes(known.axes, (*known.switches, switch))
 
 
+def forget(parameter: Tensor) -> None:
+    """Drop what is known of ``parameter``, until it is registered again."""
+    _registry.pop(parameter, None)
+
+
 def lookup(parameter: Tensor) -> ParameterAxes | None:
     """The axes of ``parameter``, or ``None`` if no elastic layer or block holds it."""
     found: ParameterAxes | None = _registry.get(parameter)

@@ -30,7 +30,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, widths: Widths) -
     expected = columns.capacity if width is None else columns.active
     if input.shape[-1] != expected:
         raise widths.refuse("input features", input.shape[-1], 1)
-    if not widths.native or torch._C._are_functorch_transforms_active():
+    if not widths.compiled_ops_serve():
         return reference.linear(input, weight, bias, widths)
     return torch.ops.esper_elastic.linear.default(input, weight, bias, widths.control, widths.slots, width)
 

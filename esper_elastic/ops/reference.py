@@ -20,9 +20,10 @@ from .widths import Widths
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, widths: Widths) -> Tensor:
     """``output[r] = sum_c input[c] weight[r, c]^T + bias[r]`` over active rows r and columns c."""
     rows, columns = widths.axes
-    w = active_slice(active_slice(weight, 0, rows), 1, columns)
-    b = None if bias is None else active_slice(bias, 0, rows)
-    output = leave(F.linear(enter(input, -1, columns, widths), w, b), -1, rows, widths)
+    x, w, b = fence_operands(widths, input, weight, bias)
+    w = active_slice(active_slice(w, 0, rows), 1, columns)
+    b = None if b is None else active_slice(b, 0, rows)
+    output = leave(F.linear(enter(x, -1, columns, widths), w, b), -1, rows, widths)
     return fence(output, widths.control, widths.label)
 
 
@@ -38,11 +39,66 @@ def conv2d(
 ) -> Tensor:
     """``output[r] = sum_c weight[r, c] * input[c] + bias[r]`` over active rows r and columns c; grouped, over those of r's group."""
     rows, columns = widths.axes
-    w = active_slice(weight, 0, rows)
+    x, w, b = fence_operands(widths, input, weight, bias)
+    w = active_slice(w, 0, rows)
     w, groups = (w, columns.active // weight.shape[1]) if grouped else (active_slice(w, 1, columns), 1)
-    b = None if bias is None else active_slice(bias, 0, rows)
-    x = enter(input, -3, columns, widths)
-    return fence(leave(F.conv2d(x, w, b, stride, padding, dilation, groups), -3, rows, widths), widths)
+    b = None if b is None else active_slice(b, 0, rows)
+    output = leave(F.conv2d(enter(x, -3, columns, widths), w, b, stride, padding, dilation, groups), -3, rows, widths)
+    return fence(output, widths.control, widths.label)
+
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    widths: Widths,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """``F.batch_norm`` of the active features; in training the active slices of the running statistics move.
+
+    With ``momentum=None`` they are the mean over all batches: this batch's share is one over the count, which stays on its device.
+    """
+    (features,) = widths.axes
+    if asleep(widths):
+        return put(input.narrow(1, 0, 0), 1, [], input.shape[1])
+    x = enter(input, 1, features, widths)
+    w, b, mean, var = (None if t is None else active_slice(t, 0, features) for t in (weight, bias, running_mean, running_var))
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if not training or mean is None or var is None or running_mean is None or running_var is None:
+        output = F.batch_norm(x, mean, var, w, b, training, momentum or 0.0, eps)
+    elif momentum is not None:
+        output = F.batch_norm(x, mean, var, w, b, training, momentum, eps)
+        if len(features.runs()) > 1:  # copies, not views
+            store(running_mean, mean, features.runs())
+            store(running_var, var, features.runs())
+    else:
+        assert num_batches_tracked is not None
+        batch_mean, batch_var = torch.zeros_like(mean), torch.zeros_like(var)
+        output = F.batch_norm(x, batch_mean, batch_var, w, b, training, 1.0, eps)
+        share = num_batches_tracked.double().reciprocal()
+        store(running_mean, mean + (batch_mean - mean) * share, features.runs())
+        store(running_var, var + (batch_var - var) * share, features.runs())
+    return fence(leave(output, 1, features, widths), widths.control, widths.label)
+
+
+def layer_norm(
+    input: Tensor, fixed_shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, widths: Widths, eps: float
+) -> Tensor:
+    """``F.layer_norm`` of the active units, which alone enter mean and variance."""
+    (units,) = widths.axes
+    axis = input.dim() - 1 - len(fixed_shape)
+    if asleep(widths):
+        return put(input.narrow(axis, 0, 0), axis, [], input.shape[axis])
+    x = enter(input, axis, units, widths)
+    w, b = (None if t is None else active_slice(t, 0, units) for t in (weight, bias))
+    output = F.layer_norm(x, (x.shape[axis], *fixed_shape), w, b, eps)
+    return fence(leave(output, axis, units, widths), widths.control, widths.label)
 
 
 def active_slice(tensor: Tensor, index: int, axis: Axis) -> Tensor:
@@ -77,6 +133,19 @@ def put(part: Tensor, index: int, runs: Runs, size: int) -> Tensor:
     return torch.cat(pieces, index)
 
 
+def store(storage: Tensor, part: Tensor, runs: Runs) -> None:
+    """Write ``part`` into the runs of a vector: :func:`take` turned round."""
+    offset = 0
+    for start, length in runs:
+        storage.narrow(0, start, length).copy_(part.narrow(0, offset, length))
+        offset += length
+
+
+def asleep(widths: Widths) -> bool:
+    """Whether a static layer gives zeros because a switch above it is off."""
+    return widths.static and any(not switch.on for switch in widths.switches)
+
+
 def enter(input: Tensor, index: int, axis: Axis, widths: Widths) -> Tensor:
     """The active part of an activation; in compact layout that is all of it."""
     return active_slice(input, index, axis) if widths.static else input
@@ -86,13 +155,13 @@ def leave(output: Tensor, index: int, axis: Axis, widths: Widths) -> Tensor:
     """An activation of active size, as the layout wants it; all zero in static layout while a switch above is off."""
     if not widths.static:
         return output
-    if any(not switch.on for switch in widths.switches):
+    if asleep(widths):
         output = torch.zeros_like(output)
     return put(output, index, axis.runs(), axis.capacity)
 
 
 class _Fence(torch.autograd.Function):
-    """The identity, whose backward refuses to cross a commit."""
+    """The identity, whose backward refuses to cross a commit, and so does every derivative of that."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, control: Tensor, label: str) -> Tensor:
@@ -101,17 +170,60 @@ class _Fence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        commits = ctx.control._version - ctx.version
-        if commits:
-            raise GenerationError(
-                f"{ctx.label}: cannot run this backward: widths or switches changed after the forward that built the graph "
-                f"({commits} commit{'s' * (commits > 1)} since). Run the forward again, or change widths between steps."
-            )
-        return grads[0], None, None
+        _check_generation(ctx.control, ctx.version, ctx.label)
+        grad = grads[0]
+        return _Fence.apply(grad, ctx.control, ctx.label) if grad.requires_grad else grad, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[0].view_as(tangents[0])
+
+
+def _check_generation(control: Tensor, version: int, label: str) -> None:
+    commits = control._version - version
+    if commits:
+        raise GenerationError(
+            f"{label}: cannot run this backward: widths or switches changed after the forward that built the graph "
+            f"({commits} commit{'s' * (commits > 1)} since). Run the forward again, or change widths between steps."
+        )
+
+
+@torch.library.custom_op("esper_elastic::fence", mutates_args=())
+def _compiled_fence(tensor: Tensor, control: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+@_compiled_fence.register_fake
+def _(tensor: Tensor, control: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
+
+
+def _save_control(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])  # autograd compares its version with the present one
+
+
+def _fence_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return _compiled_fence(grad, ctx.saved_tensors[0]), None
+
+
+_compiled_fence.register_autograd(_fence_gradient, setup_context=_save_control)
+
+
+def fence_operands(widths: Widths, *operands: Tensor | None) -> list[Tensor | None]:
+    """Make the gradients of ``operands``, and all derivatives of those, raise after a commit. For eager graphs."""
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        return list(operands)
+    return [t if t is None or not t.requires_grad else _Fence.apply(t, widths.control, widths.label) for t in operands]
 
 
 def fence(output: Tensor, control: Tensor, label: str) -> Tensor:
-    """Make the backward of ``output`` raise after a commit. Inside a traced or functional transform that holds the graph."""
-    if not output.requires_grad or torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    """Make the backward of ``output`` raise after a commit; it may be modified in place. A functional transform holds its own graph."""
+    if not output.requires_grad or torch._C._are_functorch_transforms_active():
         return output
-    return _Fence.apply(output, control, label)
+    if torch.compiler.is_compiling():
+        return _compiled_fence(output, control)
+    if output.grad_fn is None:
+        return _Fence.apply(output, control, label)
+    version = control._version
+    output.grad_fn.register_prehook(lambda grads: _check_generation(control, version, label))
+    return output

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..control import Axis, ControlBlock, Switch
 from ..errors import LayoutError
@@ -18,6 +21,7 @@ class Widths:
     Attributes:
         axes: the elastic axes, in the order of the weight.
         switches: those of the blocks around the layer; it is asleep if one is off.
+        device: that of the operands.
         static: whether activations have capacity size, dormant units exactly zero.
         control: the control tensor that kernels read.
         slots: int32 table on the same device, one row ``[axis, slot, start, inner]`` per segment; axis -1 is a switch.
@@ -25,6 +29,7 @@ class Widths:
         native: whether the compiled ops serve it.
     """
 
+    device: torch.device
     control: Tensor
     slots: Tensor
     native: bool
@@ -44,11 +49,18 @@ class Widths:
         """Look up the control tensor and the slots for operands on ``device``."""
         rows = [(index, s.dim.slot, s.start, s.inner) for index, axis in enumerate(self.axes) for s in axis.segments]
         rows += [(-1, switch.slot, 0, 0) for switch in self.switches]
+        self.device = device
         home = device if self.static else torch.device("cpu")
         self.control = self.block.on(home)
         with torch.inference_mode(False):
             self.slots = torch.tensor(rows, dtype=torch.int32, device="cpu" if home.type == "meta" else home)
         self.native = native_serves(device, self.static)
+
+    def compiled_ops_serve(self) -> bool:
+        """Whether the compiled ops serve this call; functional transforms and forward mode are left to the reference."""
+        if not self.static and torch.compiler.is_compiling():
+            _warn_specialised()
+        return self.native and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
     def size(self, axis: int) -> int:
         """The size that activations have along an axis of the weight, in the present layout."""
@@ -70,3 +82,18 @@ class Widths:
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("control", "slots")}
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        "esper_elastic: a layer in compact layout is being compiled: the graph serves the present widths, and each other width compiles "
+        "again, up to torch's recompile limit. Call ee.set_layout(model, 'static') first to compile once for all widths.",
+        stacklevel=2,
+    )
+
+
+@torch.compiler.assume_constant_result
+def _warn_specialised() -> None:
+    """Say once per process that a graph serves one width. Called while the graph is traced, and no part of it."""
+    _warn_once()
