@@ -236,7 +236,7 @@ def test_narrow_passes_leave_the_widths_as_they_were(dial: capacity.Dial) -> Non
 @pytest.fixture(scope="module")
 def finished(stripes: ImageData, tmp_path_factory: pytest.TempPathFactory) -> tuple[list, Path]:
     out = tmp_path_factory.mktemp("demo")
-    settings = demo.Settings(steps=50, batch_size=50, evaluate_every=10, evaluation_images=50)
+    settings = demo.Settings(steps=50, batch_size=25, evaluate_every=10, evaluation_images=50)
     return demo.run(demo.Options(out=out, seeds=2, settings=settings, device="cpu"), stripes), out
 
 
@@ -249,7 +249,7 @@ def test_the_job_makes_every_change_it_promises(finished: tuple[list, Path]) -> 
 def test_the_grown_network_takes_fewer_multiply_adds_than_the_large_one(finished: tuple[list, Path]) -> None:
     for result in finished[0]:
         assert result.small.multiply_adds < result.grown.multiply_adds < result.large.multiply_adds
-        assert result.large.multiply_adds == 3 * 50 * 50 * train.LARGE.multiply_adds()
+        assert result.large.multiply_adds == 3 * 50 * 25 * train.LARGE.multiply_adds()
 
 
 def test_the_job_leaves_picture_numbers_and_plain_checkpoint(finished: tuple[list, Path]) -> None:

@@ -54,7 +54,8 @@ class Dial:
     @property
     def widths(self) -> Widths:
         """What is active now."""
-        return Widths(*(dim.active for dim in self.dims.values()), block=self.network.block.on)
+        stem, stage1, stage2, inner = (dim.active for dim in self.dims.values())
+        return Widths(stem, stage1, stage2, inner, block=isinstance(self.network.block, ee.ElasticBlock) and self.network.block.on)
 
     def grow(self, step: int, targets: Mapping[str, int], reason: str) -> None:
         """Give birth to units up to ``targets``, all at once for the forward pass: the function stays as it is."""

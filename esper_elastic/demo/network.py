@@ -9,13 +9,15 @@ Shape legend: B batch, 1 input channel, 28 x 28 pixels; the stem and stage 1 wor
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import esper_elastic as ee
 
+Module = TypeVar("Module", bound=nn.Module)
 NUM_CLASSES = 10
 _KERNEL = 9  # taps of a 3 x 3 convolution
 _STAGE1_PIXELS = 14 * 14
@@ -105,6 +107,11 @@ def elastic_network(start: Widths, capacity: Widths) -> Network:
     return start_block_at_zero(
         Network(conv_norm(None, stem, stride=2), conv_norm(stem, stage1), conv_norm(stage1, stage2, stride=2), branch, head)
     )
+
+
+def placed(network: Module, device: torch.device) -> Module:
+    """``network`` moved to ``device``, in the memory format that convolutions of few channels run best in."""
+    return network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _named(conv: nn.Module, norm: nn.Module) -> nn.Sequential:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ from .train import Run
 INK, QUIET, GRID = "#1f2430", "#6b7280", "#e6e8ec"
 GROWN, LARGE, SMALL = "#d1495b", "#2f6690", "#8d99ae"
 _MARKS = {"grow": "#2a9d8f", "switch": "#7b2cbf", "prune": "#e07a1f", "refused": "#b00020"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 11,
     "font.family": "DejaVu Sans",
     "axes.edgecolor": QUIET,

@@ -23,7 +23,7 @@ from ..datasets import ImageData
 from ..errors import ElasticError
 from .capacity import NARROW_SHARES, Dial
 from .data import Images, accuracy, recalibrate
-from .network import Widths, plain_network
+from .network import Widths, placed, plain_network
 from .train import Run
 
 LATENCY_BATCH = 64
@@ -83,10 +83,10 @@ def check_export(dial: Dial, images: Images, path: Path) -> float:
         ElasticError: the reloaded network does not compute exactly what the exported one does, or the elastic one does something else.
     """
     probe = images.prepare(images.test_images[:1000])
-    plain = ee.export(dial.network)
+    plain = placed(ee.export(dial.network), images.device)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(plain.state_dict(), path)
-    reloaded = plain_network(dial.widths).to(images.device, memory_format=torch.channels_last)
+    reloaded = placed(plain_network(dial.widths), images.device)
     reloaded.load_state_dict(torch.load(path, map_location=images.device, weights_only=True))
     expected, exported, loaded = (_outputs(network, probe) for network in (dial.network, plain, reloaded))
     if not torch.equal(exported, loaded):

@@ -20,14 +20,14 @@ import esper_elastic as ee
 
 from .capacity import NARROW_SHARES, Dial, Event
 from .data import Images, accuracy
-from .network import Network, Widths, elastic_network, plain_network
+from .network import Network, Widths, elastic_network, placed, plain_network
 from .plateau import Planned, PlateauDetector, Schedule
 
-SMALL = Widths(stem=8, stage1=8, stage2=16, inner=48, block=False)
-LARGE = Widths(stem=16, stage1=24, stage2=48, inner=48, block=True)
+SMALL = Widths(stem=8, stage1=8, stage2=16, inner=64, block=False)
+LARGE = Widths(stem=16, stage1=24, stage2=48, inner=64, block=True)
 EARLY_GROWTH = {"stage1": 16, "stage2": 32}
 LATE_GROWTH = {"stem": 16, "stage1": 24, "stage2": 48}
-PRUNED = {"stage1": 20, "inner": 32}
+PRUNED = {"inner": 48}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Settings:
     batch_size: int = 128
     learning_rate: float = 0.02
     weight_decay: float = 0.01
-    warm_up: float = 0.3
+    warm_up: float = 0.25
     evaluate_every: int = 50
     evaluation_images: int = 2000
 
@@ -67,7 +67,7 @@ def _silent(step: int, percent: float, widths: Widths, event: Event | None) -> N
 def train_baseline(label: str, widths: Widths, images: Images, settings: Settings, seed: int, watch: Watcher = _silent) -> Run:
     """Train the plain network of ``widths`` from start to end."""
     torch.manual_seed(seed)
-    network = plain_network(widths).to(images.device, memory_format=torch.channels_last)
+    network = placed(plain_network(widths), images.device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     run = Run(label, network)
     for step, batch, labels in _steps(run, optimizer, images, settings, seed):
@@ -83,7 +83,7 @@ def train_baseline(label: str, widths: Widths, images: Images, settings: Setting
 def train_grown(label: str, images: Images, settings: Settings, seed: int, watch: Watcher = _silent) -> tuple[Run, Dial]:
     """Train the elastic network: narrow at first, grown when the loss stalls, pruned by score, and once asked for the impossible."""
     torch.manual_seed(seed)
-    network = elastic_network(SMALL, LARGE).to(images.device, memory_format=torch.channels_last)
+    network = placed(elastic_network(SMALL, LARGE), images.device)
     optimizer = ee.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     run, dial = Run(label, network), Dial(network)
     run.events = dial.events
@@ -122,15 +122,16 @@ class Plan:
     def __init__(self, dial: Dial, steps: int) -> None:
         self._dial = dial
         self._illegal = round(0.30 * steps)
-        self._prune = round(0.60 * steps)
+        self._prune = round(0.65 * steps)
+        self._narrow = round(0.85 * steps)
         self._scored_steps = max(1, round(0.04 * steps))
-        window = max(2, round(0.02 * steps))
+        window = max(2, round(0.012 * steps))
         changes: list[Callable[[int, str], None]] = [
             lambda step, reason: dial.grow(step, EARLY_GROWTH, reason),
             lambda step, reason: dial.grow(step, LATE_GROWTH, reason),
             dial.switch_on,
         ]
-        bounds = [(0.04, 0.06), (0.08, 0.12), (0.12, 0.18)]
+        bounds = [(0.03, 0.05), (0.06, 0.08), (0.09, 0.12)]
         planned = [Planned(change, round(a * steps), round(b * steps)) for change, (a, b) in zip(changes, bounds, strict=True)]
         self._schedule = Schedule(planned, PlateauDetector(window))
 
@@ -150,7 +151,7 @@ class Plan:
 
     def narrow(self, step: int) -> bool:
         """Whether ``step`` has a second pass at a narrower width."""
-        return step >= self._prune and step % 2 == 0
+        return step >= self._narrow and step % 3 == 0
 
     def after(self, loss: float) -> None:
         """Take in the loss of the step just made."""
@@ -162,7 +163,12 @@ def _steps(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Each step's number and batch; moves the learning rate after it and adds up the time of the run."""
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=settings.warm_up, cycle_momentum=False
+        optimizer,
+        settings.learning_rate,
+        total_steps=settings.steps,
+        pct_start=settings.warm_up,
+        div_factor=10,
+        cycle_momentum=False,
     )
     start = time.perf_counter()
     for step, (batch, labels) in enumerate(images.batches(settings.steps, settings.batch_size, seed)):
