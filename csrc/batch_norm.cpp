@@ -175,6 +175,7 @@ variable_list differentiable_backward(
   if (mask[0]) result[0] = embed(gx, 1, plan.place, input.size(1));
   if (mask[1]) result[1] = embed(gw, 0, plan.features, weight->size(0));
   if (mask[2]) result[2] = embed(gb, 0, plan.features, bias->size(0));
+  for (Tensor& gradient : result) gradient = fence(gradient, control, "ElasticBatchNorm");
   return result;
 }
 
@@ -205,6 +206,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     ctx->saved_data["compact"] = compact;
     ctx->saved_data["training"] = training;
     ctx->saved_data["eps"] = eps;
+    ctx->saved_data["bias"] = bias.value_or(Tensor());  // for its shape alone
     at::AutoDispatchBelowAutograd guard;
     variable_list result;
     Tensor mean, spread;
@@ -218,7 +220,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
       result = {call_batch_norm_eval(input, weight, bias, *running_mean, *running_var, control, slots, compact, eps)};
       mean = running_mean->clone(), spread = running_var->clone();  // a later batch in training mode may move them before backward
     }
-    ctx->save_for_backward({input, weight.value_or(Tensor()), bias.value_or(Tensor()), mean, spread, slots});
+    ctx->save_for_backward({input, weight.value_or(Tensor()), mean, spread, slots});
     return result;
   }
 
@@ -226,8 +228,8 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     const Tensor control = ctx->saved_data["control"].toTensor();
     check_generation(control, ctx->saved_data["version"].toInt(), "ElasticBatchNorm");
     const auto saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &mean = saved[3], &spread = saved[4], &slots = saved[5], &grad = grads[0];
-    const auto weight = given(saved[1]), bias = given(saved[2]);
+    const Tensor &input = saved[0], &mean = saved[2], &spread = saved[3], &slots = saved[4], &grad = grads[0];
+    const auto weight = given(saved[1]), bias = given(ctx->saved_data["bias"].toTensor());
     variable_list result(12);
     if (!grad.defined()) return result;
     const bool compact = ctx->saved_data["compact"].toBool(), training = ctx->saved_data["training"].toBool();
