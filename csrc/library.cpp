@@ -12,12 +12,38 @@ TORCH_LIBRARY(esper_elastic, m) {
   m.def("linear_grad_input(Tensor grad, Tensor weight, Tensor control, Tensor slots, SymInt? width, SymInt in_width) -> Tensor");
   m.def("linear_grad_weight(Tensor grad, Tensor input, Tensor weight, Tensor control, Tensor slots, SymInt? width) -> Tensor");
   m.def("linear_grad_bias(Tensor grad, Tensor bias, Tensor control, Tensor slots, SymInt? width) -> Tensor");
+
+  // In training mode; the second and third result are what backward needs. A gradient that `mask` leaves out comes back with no elements.
+  m.def(
+      "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, Tensor control, Tensor slots, bool compact, float? momentum, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, Tensor running_var, Tensor control, Tensor slots, "
+      "bool compact, float eps) -> Tensor");
+  m.def(
+      "batch_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor spread, Tensor control, "
+      "Tensor slots, bool compact, bool training, float eps, bool[3] mask) -> (Tensor, Tensor, Tensor)");
+
+  m.def(
+      "layer_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor control, Tensor slots, bool compact, int normalized_dims, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor control, "
+      "Tensor slots, bool compact, int normalized_dims, bool[3] mask) -> (Tensor, Tensor, Tensor)");
+
   m.def(
       "conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor control, Tensor slots, int[2] stride, int[2] padding, int[2] dilation, "
       "bool grouped, SymInt? width, ScalarType? dtype=None) -> Tensor");
   m.def(
       "conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor control, Tensor slots, int[2] stride, int[2] padding, "
       "int[2] dilation, bool grouped, SymInt? width, bool[3] mask) -> (Tensor, Tensor, Tensor)");
+  // Optimizer steps on active elements; see optim.cpp for counts and plans.
+  m.def(
+      "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "
+      "Tensor(e!)[] counts, Tensor[] plans, float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize) -> ()");
+  m.def(
+      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] buffers, Tensor(c!)[] counts, Tensor[] plans, float lr, float momentum, "
+      "float dampening, float weight_decay, bool nesterov, bool maximize) -> ()");
 }
 
 extern "C" PyMODINIT_FUNC PyInit__C() {

@@ -60,6 +60,22 @@ at::Tensor slice(const at::Tensor& tensor, int64_t axis, const Runs& runs) {
   return at::cat(parts, axis);
 }
 
+std::optional<at::Tensor> sliced(const std::optional<at::Tensor>& tensor, const Runs& runs) {
+  return tensor ? given(slice(*tensor, 0, runs)) : std::nullopt;
+}
+
+std::optional<at::Tensor> given(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+void write(at::Tensor& storage, const at::Tensor& part, int64_t axis, const Runs& runs) {
+  int64_t offset = 0;
+  for (const Run& run : runs) {
+    storage.narrow(axis, run.start, run.length).copy_(part.narrow(axis, offset, run.length));
+    offset += run.length;
+  }
+}
+
 at::Tensor embed(const at::Tensor& part, int64_t axis, const Runs& runs, int64_t size) {
   if (total(runs) == size) return part;
   std::vector<at::Tensor> parts;

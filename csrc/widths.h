@@ -43,6 +43,15 @@ struct Plan {
 // The active part of `tensor` along `axis`: a view for a single run, a copy of the active part otherwise.
 at::Tensor slice(const at::Tensor& tensor, int64_t axis, const Runs& runs);
 
+// The active part of a vector that may be absent.
+std::optional<at::Tensor> sliced(const std::optional<at::Tensor>& tensor, const Runs& runs);
+
+// A saved tensor as the optional argument that it was.
+std::optional<at::Tensor> given(const at::Tensor& tensor);
+
+// Write `part` into the runs of `storage` along `axis`.
+void write(at::Tensor& storage, const at::Tensor& part, int64_t axis, const Runs& runs);
+
 // The inverse of `slice`: `part` at its runs in an axis of `size`, zero elsewhere. Differentiable.
 at::Tensor embed(const at::Tensor& part, int64_t axis, const Runs& runs, int64_t size);
 

@@ -1,10 +1,10 @@
 """Elastic capacity for PyTorch: layers own weights at a capacity, a control block says what is active, kernels compute on that alone."""
 
-from . import errors
+from . import errors, growth, importance, optim
 from .control import ControlBlock, ElasticDim, concat
 from .convert import export
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
-from .layers import ElasticBlock, ElasticConv2d, ElasticLinear
+from .layers import ElasticBatchNorm1d, ElasticBatchNorm2d, ElasticBlock, ElasticConv2d, ElasticLayerNorm, ElasticLinear
 from .model import control_block, dims, disable, enable, resize, set_layout
 from .ops import backend_info
 
@@ -14,7 +14,10 @@ __all__ = [
     "ControlBlock",
     "ElasticDim",
     "concat",
+    "ElasticBatchNorm1d",
+    "ElasticBatchNorm2d",
     "ElasticBlock",
+    "ElasticLayerNorm",
     "ElasticLinear",
     "ElasticConv2d",
     "backend_info",
@@ -25,6 +28,9 @@ __all__ = [
     "export",
     "resize",
     "set_layout",
+    "growth",
+    "importance",
+    "optim",
     "errors",
     "ElasticError",
     "CapacityError",
@@ -32,4 +38,5 @@ __all__ = [
     "SurgeryError",
     "TopologyError",
     "TransactionError",
+    "optim",
 ]

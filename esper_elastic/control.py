@@ -135,7 +135,7 @@ class ControlBlock:
             self._batch = None
         for prepare in batch.prepares:
             prepare()
-        self.commit(batch.values.items())
+        self.commit(batch.values.items(), moved=bool(batch.prepares))
 
     def stage(self, entry: _Entry, value: int, prepare: Callable[[], None] | None = None) -> None:
         """Publish one valid value now, or with the open batch. ``prepare`` moves the data that the new value needs, just before."""
@@ -158,8 +158,12 @@ class ControlBlock:
         else:
             self.commit(changes)
 
-    def commit(self, changes: Iterable[tuple[_Entry, int]]) -> None:
+    def commit(self, changes: Iterable[tuple[_Entry, int]], moved: bool = False) -> None:
         """Publish valid values in one write: host mirror, versions, generation, device replicas. Nothing happens where nothing changes.
+
+        Args:
+            changes: entries with their new values.
+            moved: units were moved or initialised for it, so that older graphs are void though every value may be as before.
 
         Raises:
             OwnerError: the calling thread does not own the block.
@@ -167,7 +171,7 @@ class ControlBlock:
         if threading.get_ident() != self.owner:
             self._require_owner()
         changes = [(entry, value) for entry, value in changes if entry._value != value]
-        if not changes:
+        if not changes and not moved:
             return
         values = self._view.from_address(self._host.data_ptr())  # fetched anew: share_memory_ and friends move storage
         for entry, value in changes:

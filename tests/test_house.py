@@ -22,6 +22,7 @@ ORDER = (
     {"control"},
     {"ops"},
     {"layers"},
+    {"followers"},
     {"optim", "growth", "importance"},
     {"model"},
     {"convert"},

@@ -1,8 +1,18 @@
 """Elastic layers: drop-ins for ``torch.nn`` whose widths are data."""
 
 from .base import ElasticLayer
+from .batch_norm import ElasticBatchNorm1d, ElasticBatchNorm2d
 from .block import ElasticBlock
 from .conv import ElasticConv2d
+from .layer_norm import ElasticLayerNorm
 from .linear import ElasticLinear
 
-__all__ = ["ElasticBlock", "ElasticConv2d", "ElasticLayer", "ElasticLinear"]
+__all__ = [
+    "ElasticBatchNorm1d",
+    "ElasticBatchNorm2d",
+    "ElasticBlock",
+    "ElasticConv2d",
+    "ElasticLayer",
+    "ElasticLayerNorm",
+    "ElasticLinear",
+]

@@ -44,6 +44,11 @@ class ElasticLayer(nn.Module):
         """The half-width of the uniform law that ``nn`` would draw weights from at the active size."""
         raise NotImplementedError
 
+    @property
+    def inseparable(self) -> int:
+        """Neighbouring indices of the weight's first axis that stay or go together, since the layer computes them as one group."""
+        return 1
+
     # Construction
 
     def _adopt(self, dense: nn.Module, dims: dict[str, Axis]) -> None:
@@ -97,9 +102,9 @@ class ElasticLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the active slice as ``nn`` would with the same seed, and the dormant part from a generator of its own."""
-        parameter = next((p for p in self._parameters.values() if p is not None), None)
-        if parameter is not None:
-            self._fill(self._dense(parameter.device, parameter.dtype))
+        tensor = self._first_tensor()
+        if tensor is not None:
+            self._fill(self._dense(tensor.device, tensor.dtype))
 
     # Dense twins
 
@@ -186,12 +191,20 @@ class ElasticLayer(nn.Module):
 
     def bind_control(self) -> None:
         """Fetch the control tensor and slots again, and note each parameter's axes where optimizers look for them."""
-        tensor = next((t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None)
+        tensor = self._first_tensor()
         self._widths.bind(torch.device("cpu") if tensor is None else tensor.device)
         for name, axes in self.tensor_axes().items():
             parameter = self._parameters.get(name)
             if parameter is not None:
                 registry.register(parameter, axes, self._widths.switches)
+
+    def _first_tensor(self) -> Tensor | None:
+        return next((t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None), None)
+
+    def _follow(self, input: Tensor) -> None:
+        """Bind a layer without parameters and buffers, which is on no device of its own, to that of its input."""
+        if input.device != self._widths.device and self._first_tensor() is None:
+            self._widths.bind(input.device)
 
     def govern(self, switch: Switch) -> None:
         """Put the layer under the switch of a block around it."""

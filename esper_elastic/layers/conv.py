@@ -109,6 +109,11 @@ class ElasticConv2d(ElasticLayer, nn.Conv2d):
         """The groups that activations have now."""
         return 1 if self._group_width is None else self._widths.size(1) // self._group_width
 
+    @property
+    def inseparable(self) -> int:
+        """The output channels of a group."""
+        return 1 if self._group_width is None else self._group_width * self.out_dim.capacity // self.in_dim.capacity
+
     def tensor_axes(self) -> dict[str, tuple[Axis | None, ...]]:
         columns = self.in_dim if self._group_width is None else None
         return {"weight": (self.out_dim, columns, None, None), "bias": (self.out_dim,)}

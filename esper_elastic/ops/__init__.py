@@ -5,8 +5,10 @@ plain PyTorch; the compiled library of ``csrc`` serves the same on strided slice
 """
 
 from .backend import backend_info
+from .batch_norm import batch_norm
 from .conv2d import conv2d
+from .layer_norm import layer_norm
 from .linear import linear
 from .widths import Widths
 
-__all__ = ["Widths", "backend_info", "conv2d", "linear"]
+__all__ = ["Widths", "backend_info", "batch_norm", "conv2d", "layer_norm", "linear"]

@@ -46,6 +46,60 @@ def conv2d(
     return fence(leave(F.conv2d(x, w, b, stride, padding, dilation, groups), -3, rows, widths), widths.control, widths.label)
 
 
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    widths: Widths,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """``F.batch_norm`` of the active features; in training the active slices of the running statistics move.
+
+    With ``momentum=None`` they are the mean over all batches: this batch's share is one over the count, which stays on its device.
+    """
+    (features,) = widths.axes
+    if asleep(widths):
+        return put(input.narrow(1, 0, 0), 1, [], input.shape[1])
+    x = enter(input, 1, features, widths)
+    w, b, mean, var = (None if t is None else active_slice(t, 0, features) for t in (weight, bias, running_mean, running_var))
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if not training or mean is None or var is None or running_mean is None or running_var is None:
+        output = F.batch_norm(x, mean, var, w, b, training, momentum or 0.0, eps)
+    elif momentum is not None:
+        output = F.batch_norm(x, mean, var, w, b, training, momentum, eps)
+        if len(features.runs()) > 1:  # copies, not views
+            store(running_mean, mean, features.runs())
+            store(running_var, var, features.runs())
+    else:
+        assert num_batches_tracked is not None
+        batch_mean, batch_var = torch.zeros_like(mean), torch.zeros_like(var)
+        output = F.batch_norm(x, batch_mean, batch_var, w, b, training, 1.0, eps)
+        share = num_batches_tracked.double().reciprocal()
+        store(running_mean, mean + (batch_mean - mean) * share, features.runs())
+        store(running_var, var + (batch_var - var) * share, features.runs())
+    return fence(leave(output, 1, features, widths), widths.control, widths.label)
+
+
+def layer_norm(
+    input: Tensor, fixed_shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, widths: Widths, eps: float
+) -> Tensor:
+    """``F.layer_norm`` of the active units, which alone enter mean and variance."""
+    (units,) = widths.axes
+    axis = input.dim() - 1 - len(fixed_shape)
+    if asleep(widths):
+        return put(input.narrow(axis, 0, 0), axis, [], input.shape[axis])
+    x = enter(input, axis, units, widths)
+    w, b = (None if t is None else active_slice(t, 0, units) for t in (weight, bias))
+    output = F.layer_norm(x, (x.shape[axis], *fixed_shape), w, b, eps)
+    return fence(leave(output, axis, units, widths), widths.control, widths.label)
+
+
 def active_slice(tensor: Tensor, index: int, axis: Axis) -> Tensor:
     """The active part of a capacity-sized tensor along one axis: a view for a single run."""
     return take(tensor, index, axis.runs())
@@ -78,6 +132,19 @@ def put(part: Tensor, index: int, runs: Runs, size: int) -> Tensor:
     return torch.cat(pieces, index)
 
 
+def store(storage: Tensor, part: Tensor, runs: Runs) -> None:
+    """Write ``part`` into the runs of a vector: :func:`take` turned round."""
+    offset = 0
+    for start, length in runs:
+        storage.narrow(0, start, length).copy_(part.narrow(0, offset, length))
+        offset += length
+
+
+def asleep(widths: Widths) -> bool:
+    """Whether a static layer gives zeros because a switch above it is off."""
+    return widths.static and any(not switch.on for switch in widths.switches)
+
+
 def enter(input: Tensor, index: int, axis: Axis, widths: Widths) -> Tensor:
     """The active part of an activation; in compact layout that is all of it."""
     return active_slice(input, index, axis) if widths.static else input
@@ -87,7 +154,7 @@ def leave(output: Tensor, index: int, axis: Axis, widths: Widths) -> Tensor:
     """An activation of active size, as the layout wants it; all zero in static layout while a switch above is off."""
     if not widths.static:
         return output
-    if any(not switch.on for switch in widths.switches):
+    if asleep(widths):
         output = torch.zeros_like(output)
     return put(output, index, axis.runs(), axis.capacity)
 

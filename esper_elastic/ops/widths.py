@@ -21,6 +21,7 @@ class Widths:
     Attributes:
         axes: the elastic axes, in the order of the weight.
         switches: those of the blocks around the layer; it is asleep if one is off.
+        device: that of the operands.
         static: whether activations have capacity size, dormant units exactly zero.
         control: the control tensor that kernels read.
         slots: int32 table on the same device, one row ``[axis, slot, start, inner]`` per segment; axis -1 is a switch.
@@ -28,6 +29,7 @@ class Widths:
         native: whether the compiled ops serve it.
     """
 
+    device: torch.device
     control: Tensor
     slots: Tensor
     native: bool
@@ -47,6 +49,7 @@ class Widths:
         """Look up the control tensor and the slots for operands on ``device``."""
         rows = [(index, s.dim.slot, s.start, s.inner) for index, axis in enumerate(self.axes) for s in axis.segments]
         rows += [(-1, switch.slot, 0, 0) for switch in self.switches]
+        self.device = device
         home = device if self.static else torch.device("cpu")
         self.control = self.block.on(home)
         with torch.inference_mode(False):

@@ -1,0 +1,6 @@
+"""Optimizers that act on active slices: :class:`AdamW` and :class:`SGD`, and :func:`guard` for those of ``torch.optim``."""
+
+from .adamw import AdamW
+from .sgd import SGD
+
+__all__ = ["SGD", "AdamW"]
