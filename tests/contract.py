@@ -410,8 +410,6 @@ class Contract(ABC):
         try:
             outputs[0].sum().backward()
         except RuntimeError:
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                outputs[1].sum().backward()
             return
         outputs[1].sum().backward()
         for name, parameter in dense.named_parameters():

@@ -86,7 +86,7 @@ def capacities(cls: type[nn.Module], dense: nn.Module, factor: int) -> dict[str,
     """The ``max_*`` arguments of ``cls`` for ``factor`` times the sizes of ``dense``."""
     names = [name for name in inspect.signature(cls).parameters if name.startswith("max_")]
     sizes = {name: getattr(dense, name.removeprefix("max_"), None) for name in names}
-    sizes = {name: dense.normalized_shape[-1] if size is None else size for name, size in sizes.items()}
+    sizes = {name: dense.normalized_shape[0] if size is None else size for name, size in sizes.items()}
     return {name: factor * size for name, size in sizes.items()}
 
 
