@@ -157,7 +157,7 @@ Gradients differentiable_backward(
     gw = embed(gw, 0, plan.rows, weight.size(0));
   }
   if (mask[2]) gb = embed(gb.to(weight.scalar_type()), 0, plan.rows, weight.size(0));
-  return {gx, gw, gb};
+  return {fence(gx, control, "ElasticConv2d"), fence(gw, control, "ElasticConv2d"), fence(gb, control, "ElasticConv2d")};
 }
 
 Tensor call_conv2d(

@@ -30,7 +30,6 @@ __all__ = [
     "set_layout",
     "growth",
     "importance",
-    "optim",
     "errors",
     "ElasticError",
     "CapacityError",

@@ -291,7 +291,7 @@ class ControlBlock:
         self.generation = state["generation"]
         values = state["values"]
         self._allocate(max(self._SLACK, len(values)))
-        self._host[: len(values)] = torch.tensor(values, dtype=torch.int32)
+        self._host[: len(values)] = torch.tensor(values, dtype=torch.int32, device="cpu")
         self._used = len(values)
 
     def _register(self, entry: _Entry) -> None:

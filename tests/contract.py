@@ -382,9 +382,7 @@ class Contract(ABC):
             layer = self.build(narrow, layout)
             dense = self.twin(layer, torch.float32)
             x, x_dense = self.inputs(layer)
-            for ours, theirs, flag in zip(
-                (x, *layer.parameters()), (x_dense, *dense.parameters()), wanted, strict=True
-            ):
+            for ours, theirs, flag in zip((x, *layer.parameters()), (x_dense, *dense.parameters()), wanted, strict=True):
                 ours.requires_grad_(flag)
                 theirs.requires_grad_(flag)
             layer(x).sum().backward()
@@ -482,8 +480,10 @@ class Contract(ABC):
             torch.testing.assert_close(self.part(layer, ours, self.axis_in(layer)), theirs)
         jacobian = torch.func.jacrev(lambda x: self.part(layer, layer(x), axis))(x)
         expected = torch.func.jacrev(dense)(x_dense)
-        torch.testing.assert_close(self.part(layer, jacobian, self.axis_in(layer)) if self.unit == -1 else jacobian.sum(), (
-            expected if self.unit == -1 else expected.sum()))
+        torch.testing.assert_close(
+            self.part(layer, jacobian, self.axis_in(layer)) if self.unit == -1 else jacobian.sum(),
+            (expected if self.unit == -1 else expected.sum()),
+        )
 
     @needs_library
     def test_opcheck(self, layout: str, narrow: tuple[AxisCase, ...]) -> None:

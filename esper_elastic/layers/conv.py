@@ -148,7 +148,8 @@ class ElasticConv2d(ElasticLayer, nn.Conv2d):
     def extra_repr(self) -> str:
         sizes = {name: getattr(self, name) for name in ("in_channels", "out_channels", "groups", "bias")}
         shown = SimpleNamespace(**self.__dict__, **sizes)  # nn formats its __dict__, where it keeps the sizes
-        return f"{nn.Conv2d.extra_repr(shown)}, max_in_channels={self.in_dim.capacity}, max_out_channels={self.out_dim.capacity}"
+        text = nn.Conv2d.extra_repr(shown)  # type: ignore[arg-type]
+        return f"{text}, max_in_channels={self.in_dim.capacity}, max_out_channels={self.out_dim.capacity}"
 
 
 def _dims(

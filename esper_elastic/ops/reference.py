@@ -39,11 +39,12 @@ def conv2d(
 ) -> Tensor:
     """``output[r] = sum_c weight[r, c] * input[c] + bias[r]`` over active rows r and columns c; grouped, over those of r's group."""
     rows, columns = widths.axes
-    w = active_slice(weight, 0, rows)
+    x, w, b = fence_operands(widths, input, weight, bias)
+    w = active_slice(w, 0, rows)
     w, groups = (w, columns.active // weight.shape[1]) if grouped else (active_slice(w, 1, columns), 1)
-    b = None if bias is None else active_slice(bias, 0, rows)
-    x = enter(input, -3, columns, widths)
-    return fence(leave(F.conv2d(x, w, b, stride, padding, dilation, groups), -3, rows, widths), widths.control, widths.label)
+    b = None if b is None else active_slice(b, 0, rows)
+    output = leave(F.conv2d(enter(x, -3, columns, widths), w, b, stride, padding, dilation, groups), -3, rows, widths)
+    return fence(output, widths.control, widths.label)
 
 
 def batch_norm(
