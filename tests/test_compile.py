@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import esper_elastic as ee
 from esper_elastic.ops import widths as widths_module
+import itertools
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def _fresh() -> Iterator[None]:
 def mlp(*sizes: tuple[int, int]) -> nn.Sequential:
     dims = [ee.ElasticDim(active, capacity) for active, capacity in sizes]
     layers: list[nn.Module] = []
-    for a, b in zip(dims[:-1], dims[1:], strict=True):
+    for a, b in itertools.pairwise(dims):
         layers += [ee.ElasticLinear(a.active, b.active, in_dim=a, out_dim=b), nn.ReLU()]
     return nn.Sequential(*layers)
 

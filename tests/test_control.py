@@ -20,12 +20,13 @@ import esper_elastic as ee
 from esper_elastic.control import ControlBlock, Switch
 from esper_elastic.errors import GenerationError, OwnerError
 from esper_elastic.layers.registry import lookup
+import itertools
 
 
 def chain(*sizes: tuple[int, int]) -> nn.Sequential:
     """Linear layers over ``(active, capacity)`` sizes, neighbours sharing a dim."""
     dims = [ee.ElasticDim(active, capacity) for active, capacity in sizes]
-    pairs = zip(dims[:-1], dims[1:], strict=True)
+    pairs = itertools.pairwise(dims)
     return nn.Sequential(*(ee.ElasticLinear(a.active, b.active, in_dim=a, out_dim=b) for a, b in pairs))
 
 
