@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 
@@ -15,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 import esper_elastic as ee
 from esper_elastic.ops import widths as widths_module
-import itertools
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import pickle
 import threading
 import tracemalloc
@@ -20,7 +21,6 @@ import esper_elastic as ee
 from esper_elastic.control import ControlBlock, Switch
 from esper_elastic.errors import GenerationError, OwnerError
 from esper_elastic.layers.registry import lookup
-import itertools
 
 
 def chain(*sizes: tuple[int, int]) -> nn.Sequential:
