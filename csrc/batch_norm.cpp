@@ -92,16 +92,17 @@ Three batch_norm_native(
   const Plan plan(control, slots, compact);
   Three result;
   auto& [output, mean, invstd] = result;
-  const bool whole = covers(plan.place, input);
+  const bool empty = plan.features.empty() || input.numel() == 0;  // ATen's kernels divide by the size of a batch
+  const bool whole = !empty && covers(plan.place, input);
   if (!whole) {
     mean = at::zeros({input.size(1)}, input.options().dtype(statistics_type(input, weight, running_mean)));
     invstd = at::zeros_like(mean);
   }
-  if (plan.features.empty()) {
+  if (num_batches_tracked && !plan.features.empty()) num_batches_tracked->add_(1);
+  if (empty) {
     output = at::empty_like(input, input.suggest_memory_format()).zero_();
     return result;
   }
-  if (num_batches_tracked) num_batches_tracked->add_(1);
   Running running(running_mean, running_var, num_batches_tracked, momentum, plan.features);
   auto active = at::native_batch_norm(
       gather(input, plan.place), sliced(weight, plan.features), sliced(bias, plan.features), running.mean(), running.var(), true,
@@ -118,7 +119,7 @@ Tensor batch_norm_eval_native(
     const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias, const Tensor& running_mean,
     const Tensor& running_var, const Tensor& control, const Tensor& slots, bool compact, double eps) {
   const Plan plan(control, slots, compact);
-  if (plan.features.empty()) return at::empty_like(input, input.suggest_memory_format()).zero_();
+  if (plan.features.empty() || input.numel() == 0) return at::empty_like(input, input.suggest_memory_format()).zero_();
   const auto active = at::native_batch_norm(
       gather(input, plan.place), sliced(weight, plan.features), sliced(bias, plan.features), slice(running_mean, 0, plan.features),
       slice(running_var, 0, plan.features), false, 0.0, eps);
@@ -142,7 +143,7 @@ Three batch_norm_backward_native(
   const Tensor unused = at::empty({0}, grad.options());
   Three result{unused, mask[1] ? at::zeros_like(*weight) : unused, mask[2] ? at::zeros_like(*bias) : unused};
   auto& [gx, gw, gb] = result;
-  if (plan.features.empty()) {
+  if (plan.features.empty() || input.numel() == 0) {
     if (mask[0]) gx = at::empty_like(input, input.suggest_memory_format()).zero_();
     return result;
   }
@@ -162,7 +163,7 @@ variable_list differentiable_backward(
     const Tensor& spread, const Tensor& control, const Tensor& slots, bool compact, bool training, double eps, Mask mask) {
   const Plan plan(control, slots, compact);
   variable_list result(3);
-  if (plan.features.empty()) {
+  if (plan.features.empty() || input.numel() == 0) {
     if (mask[0]) result[0] = at::zeros_like(input);
     if (mask[1]) result[1] = at::zeros_like(*weight);
     if (mask[2]) result[2] = at::zeros_like(*bias);
@@ -175,6 +176,7 @@ variable_list differentiable_backward(
   if (mask[0]) result[0] = embed(gx, 1, plan.place, input.size(1));
   if (mask[1]) result[1] = embed(gw, 0, plan.features, weight->size(0));
   if (mask[2]) result[2] = embed(gb, 0, plan.features, bias->size(0));
+  for (Tensor& gradient : result) gradient = fence(gradient, control, "ElasticBatchNorm");
   return result;
 }
 
@@ -205,6 +207,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     ctx->saved_data["compact"] = compact;
     ctx->saved_data["training"] = training;
     ctx->saved_data["eps"] = eps;
+    ctx->saved_data["bias"] = bias.value_or(Tensor());  // for its shape alone
     at::AutoDispatchBelowAutograd guard;
     variable_list result;
     Tensor mean, spread;
@@ -218,7 +221,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
       result = {call_batch_norm_eval(input, weight, bias, *running_mean, *running_var, control, slots, compact, eps)};
       mean = running_mean->clone(), spread = running_var->clone();  // a later batch in training mode may move them before backward
     }
-    ctx->save_for_backward({input, weight.value_or(Tensor()), bias.value_or(Tensor()), mean, spread, slots});
+    ctx->save_for_backward({input, weight.value_or(Tensor()), mean, spread, slots});
     return result;
   }
 
@@ -226,8 +229,8 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     const Tensor control = ctx->saved_data["control"].toTensor();
     check_generation(control, ctx->saved_data["version"].toInt(), "ElasticBatchNorm");
     const auto saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &mean = saved[3], &spread = saved[4], &slots = saved[5], &grad = grads[0];
-    const auto weight = given(saved[1]), bias = given(saved[2]);
+    const Tensor &input = saved[0], &mean = saved[2], &spread = saved[3], &slots = saved[4], &grad = grads[0];
+    const auto weight = given(saved[1]), bias = given(ctx->saved_data["bias"].toTensor());
     variable_list result(12);
     if (!grad.defined()) return result;
     const bool compact = ctx->saved_data["compact"].toBool(), training = ctx->saved_data["training"].toBool();

@@ -63,7 +63,7 @@ Three layer_norm_backward_native(
   const Plan plan(input, control, slots, compact, normalized_dims);
   const Tensor unused = at::empty({0}, grad.options());
   auto empty_gradient = [&](bool wanted, const optional<Tensor>& like) {
-    return wanted ? zeros_for_gradient(*like, static_cast<double>(total(plan.units)) / like->size(0)) : unused;
+    return wanted ? at::zeros_like(*like) : unused;
   };
   Three result{unused, empty_gradient(mask[1], weight), empty_gradient(mask[2], bias)};
   auto& [gx, gw, gb] = result;
@@ -100,6 +100,7 @@ variable_list differentiable_backward(
   if (mask[0]) result[0] = embed(gx, plan.axis, plan.place, input.size(plan.axis));
   if (mask[1]) result[1] = embed(gw, 0, plan.units, weight->size(0));
   if (mask[2]) result[2] = embed(gb, 0, plan.units, bias->size(0));
+  for (Tensor& gradient : result) gradient = fence(gradient, control, "ElasticLayerNorm");
   return result;
 }
 

@@ -1,4 +1,4 @@
-"""Every elastic layer in the place of its ``nn`` class: PyTorch's own module inputs, and all that code written for ``nn`` may do to a layer.
+"""Every elastic layer in the place of its ``nn`` class: PyTorch's own module inputs, and all that code written for ``nn`` may do to one.
 
 The layers are found in the package; a new one joins by being exported, and with an entry in ``EXAMPLES``.
 """
@@ -130,7 +130,7 @@ def test_module_inputs_of_pytorch(name: str, dtype: torch.dtype, training: bool,
         layer = cls.from_dense(dense, **extra)
     else:
         layer = cls(*case.arguments[0], **case.arguments[1], dtype=dtype, **extra).train(training)
-        layer.load_state_dict({**layer.state_dict(), **{k: v for k, v in embedded(layer, dense).items()}})
+        layer.load_state_dict({**layer.state_dict(), **dict(embedded(layer, dense))})
     with torch.no_grad():
         for key, axes in layer.tensor_axes().items():
             if getattr(layer, key) is not None and getattr(layer, key).is_floating_point():

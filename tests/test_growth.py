@@ -520,6 +520,17 @@ def test_a_tied_weight_moves_once():
     assert {tuple(row.tolist()) for row in net.first.weight[:4]} == {tuple(row.tolist()) for row in rows[[1, 2]]}
 
 
+def test_a_tied_consumer_is_divided_once():
+    first = ee.ElasticLinear(3, 4, max_out_features=6, dtype=torch.float64)
+    one = ee.ElasticLinear(4, 2, in_dim=first.out_dim, dtype=torch.float64)
+    two = ee.ElasticLinear(4, 2, in_dim=first.out_dim, dtype=torch.float64)
+    two.weight = one.weight
+    input = torch.randn(5, 3, dtype=torch.float64)
+    before = one(first(input)) * two(first(input).relu())
+    first.out_dim.grow(6, init="split")
+    torch.testing.assert_close(one(first(input)) * two(first(input).relu()), before, rtol=1e-12, atol=1e-12)
+
+
 def test_a_weight_that_produces_and_consumes_the_same_units_is_not_split():
     first = ee.ElasticLinear(6, 4, max_out_features=6, dtype=torch.float64)
     square = ee.ElasticLinear(4, 6, in_dim=first.out_dim, dtype=torch.float64)
@@ -791,3 +802,74 @@ def test_a_follower_without_state_is_left_alone():
     net.hidden.grow(6)
     net.hidden.keep([0, 5])
     assert not optimizer.state
+
+
+def train(net, optimizer, steps):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        input = torch.randn(16, 3, dtype=torch.float64, generator=generator)
+        optimizer.zero_grad()
+        (net(input) - input[:, :2].sin()).square().mean().backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def middle_permuted(net, order):
+    """A copy of a ``Net`` whose middle units stand in another order, by plain indexing."""
+    twin = copy.deepcopy(net)
+    twin.second.weight.copy_(net.second.weight[order])
+    twin.second.bias.copy_(net.second.bias[order])
+    twin.third.weight.copy_(net.third.weight[:, order])
+    return twin
+
+
+OPTIMIZERS = {
+    "AdamW": lambda params: ee.optim.AdamW(params, lr=1e-3),
+    "SGD": lambda params: ee.optim.SGD(params, lr=1e-2, momentum=0.9, weight_decay=1e-2),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_one_dim_sleeps_while_the_other_is_pruned_and_grown(make):
+    """Against a twin whose middle units were in the right order from the start, so that it needs no keep."""
+    net = Net()
+    twin = middle_permuted(net, [1, 3, 4, 0, 2, 5, 6, 7])
+    for which, prune in ((net, lambda dim: dim.keep([4, 1, 3])), (twin, lambda dim: dim.resize(3))):
+        optimizer = make(which.parameters())
+        train(which, optimizer, 100)
+        which.hidden.resize(2)
+        train(which, optimizer, 50)
+        prune(which.middle)
+        train(which, optimizer, 50)
+        which.middle.resize(5)  # the pruned units wake with their state, whatever the twin calls them
+        train(which, optimizer, 50)
+        torch.manual_seed(2)
+        which.middle.grow(8)
+        train(which, optimizer, 700)
+        which.hidden.resize(4)
+        train(which, optimizer, 50)
+        which.hidden.grow(9)
+        train(which, optimizer, 50)
+    for one, other in zip(net.parameters(), twin.parameters(), strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_the_first_step_of_a_newborn_corner_is_the_learning_rate():
+    net = Net()
+    net.hidden.resize(4)
+    optimizer = ee.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0, eps=1e-12)
+    train(net, optimizer, 200)
+    net.hidden.resize(2)
+    net.middle.grow(8)
+    train(net, optimizer, 100)
+    net.hidden.resize(4)
+    corner = (slice(5, 8), slice(2, 4))
+    before = net.second.weight[corner].detach().clone()
+    assert before.isfinite().all()
+    train(net, optimizer, 1)
+    moved = (net.second.weight[corner] - before).abs()[net.second.weight.grad[corner] != 0]
+    assert moved.numel() > 0
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-3), rtol=1e-6, atol=0)
+    assert (optimizer.step_counts(net.second.weight)[corner] == 1).all()
+    assert (optimizer.step_counts(net.second.weight)[:5, :2] == 301).all()

@@ -446,3 +446,54 @@ def test_a_hook_that_renames_keys_still_works():
     layer.register_load_state_dict_pre_hook(lambda module, state, *rest: state.update(weight=state.pop("kernel")))
     layer.load_state_dict({"kernel": torch.ones(4, 2), "bias": torch.zeros(4)})
     assert (layer.weight == 1).all()
+
+
+class ConvNet(nn.Module):
+    """Convolutions, plain and depthwise, a norm with statistics, and a flatten before the classifier."""
+
+    def __init__(self, width: int, capacity: int, elastic: bool = True) -> None:
+        super().__init__()
+        if elastic:
+            dim = ee.ElasticDim(width, capacity)
+            self.conv = ee.ElasticConv2d(1, width, 3, out_dim=dim)
+            self.norm = ee.ElasticBatchNorm2d(width, dim=dim)
+            self.depth = ee.ElasticConv2d(width, width, 3, groups=width, in_dim=dim)
+            self.head = ee.ElasticLinear(4 * width, 3, in_dim=dim * 4)
+        else:
+            self.conv = nn.Conv2d(1, width, 3)
+            self.norm = nn.BatchNorm2d(width)
+            self.depth = nn.Conv2d(width, width, 3, groups=width)
+            self.head = nn.Linear(4 * width, 3)
+
+    def forward(self, x):
+        return self.head(self.depth(self.norm(self.conv(x)).relu()).flatten(1))
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+def test_convolutions_and_statistics_take_plain_checkpoints(assign):
+    plain, net, x = ConvNet(5, 5, elastic=False), ConvNet(3, 8), torch.randn(4, 1, 6, 6)
+    for _ in range(3):
+        plain(x)
+    with torch.no_grad():
+        net.norm.running_mean[3:] = 7
+    net.load_state_dict(plain.state_dict(), assign=assign)
+    assert net.norm.dim.active == 5 and net.norm.num_batches_tracked == 3
+    assert net.norm.running_mean[5:].eq(7).all()
+    assert torch.allclose(net.eval()(x), plain.eval()(x), atol=1e-5)
+    with pytest.raises(StateDictError, match=r"head.weight.*axis of 18 should be 20"):
+        net.load_state_dict(plain.state_dict() | {"head.weight": torch.zeros(3, 18)})
+    with pytest.raises(StateDictError, match=r"conv.weight.*neither the capacity nor the active size"):
+        net.load_state_dict(plain.state_dict() | {"conv.weight": torch.zeros(5, 1, 3, 2)})
+
+
+def test_statistics_travel_at_capacity_with_the_key():
+    source, target, x = ConvNet(5, 8), ConvNet(3, 8), torch.randn(4, 1, 6, 6)
+    source(x)
+    state = copy.deepcopy(source.state_dict())
+    assert content(state)["widths"]["conv.out"] == 5 and state["norm.running_var"].shape == (8,)
+    target.load_state_dict(state)
+    assert target.norm.num_batches_tracked == 1
+    assert torch.equal(target.eval()(x), source.eval()(x))
+    equal = ConvNet(8, 8, elastic=False)
+    assert equal.load_state_dict(state, strict=False).unexpected_keys == [KEY]
+    assert equal.load_state_dict(state, strict=False).missing_keys == []

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from ..control import Axis, Runs
 from ..errors import GenerationError
@@ -66,8 +67,9 @@ def batch_norm(
     (features,) = widths.axes
     if asleep(widths):
         return put(input.narrow(1, 0, 0), 1, [], input.shape[1])
-    x = enter(input, 1, features, widths)
-    w, b, mean, var = (None if t is None else active_slice(t, 0, features) for t in (weight, bias, running_mean, running_var))
+    x, *fenced = fence_operands(widths, input, weight, bias)
+    x = _dense_in_memory(enter(x, 1, features, widths))
+    w, b, mean, var = (None if t is None else active_slice(t, 0, features) for t in (*fenced, running_mean, running_var))
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if not training or mean is None or var is None or running_mean is None or running_var is None:
@@ -82,8 +84,8 @@ def batch_norm(
         batch_mean, batch_var = torch.zeros_like(mean), torch.zeros_like(var)
         output = F.batch_norm(x, batch_mean, batch_var, w, b, training, 1.0, eps)
         share = num_batches_tracked.double().reciprocal()
-        store(running_mean, mean + (batch_mean - mean) * share, features.runs())
-        store(running_var, var + (batch_var - var) * share, features.runs())
+        store(running_mean, mean.double().lerp(batch_mean.double(), share), features.runs())
+        store(running_var, var.double().lerp(batch_var.double(), share), features.runs())
     return fence(leave(output, 1, features, widths), widths.control, widths.label)
 
 
@@ -95,8 +97,9 @@ def layer_norm(
     axis = input.dim() - 1 - len(fixed_shape)
     if asleep(widths):
         return put(input.narrow(axis, 0, 0), axis, [], input.shape[axis])
-    x = enter(input, axis, units, widths)
-    w, b = (None if t is None else active_slice(t, 0, units) for t in (weight, bias))
+    x, *fenced = fence_operands(widths, input, weight, bias)
+    x = enter(x, axis, units, widths)
+    w, b = (None if t is None else active_slice(t, 0, units) for t in fenced)
     output = F.layer_norm(x, (x.shape[axis], *fixed_shape), w, b, eps)
     return fence(leave(output, axis, units, widths), widths.control, widths.label)
 
@@ -131,6 +134,13 @@ def put(part: Tensor, index: int, runs: Runs, size: int) -> Tensor:
         end = start + length
     gap(size - end)
     return torch.cat(pieces, index)
+
+
+def _dense_in_memory(x: Tensor) -> Tensor:
+    """``x`` without gaps, in its memory format: for strided input PyTorch's batch norm sums several times less exactly."""
+    if x.is_contiguous() or torch._C._are_functorch_transforms_active():
+        return x
+    return x.contiguous(memory_format=suggest_memory_format(x))
 
 
 def store(storage: Tensor, part: Tensor, runs: Runs) -> None:
@@ -209,7 +219,7 @@ def _fence_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 _compiled_fence.register_autograd(_fence_gradient, setup_context=_save_control)
 
 
-def fence_operands(widths: Widths, *operands: Tensor | None) -> list[Tensor | None]:
+def fence_operands(widths: Widths, *operands: Tensor | None) -> list[Any]:
     """Make the gradients of ``operands``, and all derivatives of those, raise after a commit. For eager graphs."""
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return list(operands)

@@ -93,7 +93,10 @@ def _warn_once() -> None:
     )
 
 
-@torch.compiler.assume_constant_result
 def _warn_specialised() -> None:
     """Say once per process that a graph serves one width. Called while the graph is traced, and no part of it."""
     _warn_once()
+
+
+# what torch.compiler.assume_constant_result sets; calling it would import the compiler with the package
+_warn_specialised._dynamo_marked_constant = True  # type: ignore[attr-defined]
