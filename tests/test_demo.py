@@ -152,15 +152,16 @@ def test_accuracy_counts_right_labels_and_restores_the_mode(
 
 
 def test_recalibration_measures_the_width_at_hand_and_nothing_else(dial: capacity.Dial, images: data.Images) -> None:
+    norm = dial.network.stem.norm
+    norm.momentum = 0.3
     before = {name: tensor.clone() for name, tensor in dial.network.state_dict().items() if isinstance(tensor, torch.Tensor)}
     data.recalibrate(dial.network, images)
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, dial.network.state_dict()[name])}
     assert changed
     assert all("running" in name or "tracked" in name for name in changed)
     assert not any(name.startswith("block") for name in changed)  # it is off
-    norm = dial.network.stem.norm
     assert torch.equal(norm.running_mean[START.stem :], before["stem.norm.running_mean"][START.stem :])
-    assert norm.momentum == 0.1
+    assert norm.momentum == 0.3
 
 
 # Changes of capacity

@@ -23,22 +23,22 @@ from .data import Images, accuracy
 from .network import Network, Widths, elastic_network, placed, plain_network
 from .plateau import Planned, PlateauDetector, Schedule
 
-SMALL = Widths(stem=8, stage1=8, stage2=16, inner=64, block=False)
-LARGE = Widths(stem=16, stage1=24, stage2=48, inner=64, block=True)
+SMALL = Widths(stem=6, stage1=8, stage2=16, inner=32, block=False)
+LARGE = Widths(stem=12, stage1=24, stage2=48, inner=32, block=True)
 EARLY_GROWTH = {"stage1": 16, "stage2": 32}
-LATE_GROWTH = {"stem": 16, "stage1": 24, "stage2": 48}
-PRUNED = {"inner": 48}
+LATE_GROWTH = {"stem": 12, "stage1": 24, "stage2": 48}
+PRUNED = {"inner": 24}
 
 
 @dataclass(frozen=True)
 class Settings:
     """What all three runs have in common."""
 
-    steps: int = 900
+    steps: int = 1100
     batch_size: int = 128
     learning_rate: float = 0.02
     weight_decay: float = 0.01
-    warm_up: float = 0.25
+    warm_up: float = 0.3
     evaluate_every: int = 50
     evaluation_images: int = 2000
 
@@ -122,16 +122,16 @@ class Plan:
     def __init__(self, dial: Dial, steps: int) -> None:
         self._dial = dial
         self._illegal = round(0.30 * steps)
-        self._prune = round(0.65 * steps)
+        self._prune = round(0.70 * steps)
         self._narrow = round(0.85 * steps)
         self._scored_steps = max(1, round(0.04 * steps))
-        window = max(2, round(0.012 * steps))
+        window = max(2, round(0.011 * steps))
         changes: list[Callable[[int, str], None]] = [
             lambda step, reason: dial.grow(step, EARLY_GROWTH, reason),
             lambda step, reason: dial.grow(step, LATE_GROWTH, reason),
             dial.switch_on,
         ]
-        bounds = [(0.03, 0.05), (0.06, 0.08), (0.09, 0.12)]
+        bounds = [(0.03, 0.04), (0.06, 0.07), (0.09, 0.11)]
         planned = [Planned(change, round(a * steps), round(b * steps)) for change, (a, b) in zip(changes, bounds, strict=True)]
         self._schedule = Schedule(planned, PlateauDetector(window))
 
@@ -167,7 +167,7 @@ def _steps(
         settings.learning_rate,
         total_steps=settings.steps,
         pct_start=settings.warm_up,
-        div_factor=10,
+        div_factor=25,
         cycle_momentum=False,
     )
     start = time.perf_counter()
