@@ -209,7 +209,7 @@ def _fence_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 _compiled_fence.register_autograd(_fence_gradient, setup_context=_save_control)
 
 
-def fence_operands(widths: Widths, *operands: Tensor | None) -> list[Tensor | None]:
+def fence_operands(widths: Widths, *operands: Tensor | None) -> list[Any]:
     """Make the gradients of ``operands``, and all derivatives of those, raise after a commit. For eager graphs."""
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return list(operands)
