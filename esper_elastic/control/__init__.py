@@ -1,6 +1,6 @@
 """Widths as data: the only writer of widths and switches."""
 
-from .block import ControlBlock, Entry, Switch, exact_int
+from .block import ControlBlock, Entry, Switch, exact_int, of_fixed_shape
 from .dims import Axis, Binding, DerivedAxis, ElasticDim, Runs, Segment, concat, install_verb
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "concat",
     "exact_int",
     "install_verb",
+    "of_fixed_shape",
 ]

@@ -70,7 +70,7 @@ class ControlBlock:
         replica = self._replicas.get(device)
         if replica is None:
             with torch.inference_mode(False):
-                replica = self._replicas[device] = self._host.to(device)
+                replica = self._replicas[device] = of_fixed_shape(self._host.to(device))
         return replica
 
     def entries(self) -> list[Entry]:
@@ -242,7 +242,7 @@ class ControlBlock:
 
     def _allocate(self, length: int) -> None:
         with torch.inference_mode(False):
-            self._host = torch.zeros(length, dtype=torch.int32, device="cpu")
+            self._host = of_fixed_shape(torch.zeros(length, dtype=torch.int32, device="cpu"))
         self._view = ctypes.c_int32 * length
         self._replicas: dict[torch.device, Tensor] = {}
 
@@ -341,6 +341,15 @@ class Switch(Entry):
     def set(self, on: bool) -> None:
         """Switch on or off: one commit, unless it already is."""
         self.block.stage(self, 1 if on else 0)
+
+
+def of_fixed_shape(tensor: Tensor) -> Tensor:
+    """Tell compilers that no size of ``tensor`` is a batch size, even where both are equal. Returns it.
+
+    What ``torch._dynamo.mark_static`` notes; calling that would import the compiler with the package.
+    """
+    tensor._dynamo_static_indices = set(range(tensor.dim()))  # type: ignore[attr-defined]
+    return tensor
 
 
 def exact_int(value: Any, where: str, what: str) -> int:
