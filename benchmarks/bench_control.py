@@ -65,7 +65,7 @@ def test_resize_a_thousand_dims(benchmark: Any) -> None:
 @pytest.mark.parametrize("how", ["block.switch.set", "ee.disable / ee.enable"])
 def test_switch_a_block(benchmark: Any, how: str) -> None:
     model = nn.Sequential(*[ee.ElasticBlock(ee.ElasticLinear(8, 8)) for _ in range(50)])
-    turns = itertools.cycle((False, True))
+    switch, turns = model[7].switch, itertools.cycle((False, True))
     calls = itertools.cycle((ee.disable, ee.enable))
     by_name = how.startswith("ee")
 
@@ -73,5 +73,5 @@ def test_switch_a_block(benchmark: Any, how: str) -> None:
         ee.disable(model, "7")
         assert not model[7].on
 
-    toggle = (lambda: next(calls)(model, "7")) if by_name else (lambda: model[7].switch.set(next(turns)))
+    toggle = (lambda: next(calls)(model, "7")) if by_name else (lambda: switch.set(next(turns)))
     bar(f"switch a block, `{how}`", cost(benchmark, toggle, check, calls=1000), "us", at_most=5)

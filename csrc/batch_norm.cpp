@@ -38,9 +38,8 @@ Tensor gather(const Tensor& input, const Runs& place) {
 // `part` at its place in an activation like `input`.
 Tensor spread_over(const Tensor& part, const Tensor& input, const Runs& place) {
   if (covers(place, input)) return part;
-  Tensor whole = at::empty_like(input, input.suggest_memory_format());
+  Tensor whole = zeros_outside(input.sizes(), input.options(), 1, place, input.suggest_memory_format());
   write(whole, part, 1, place);
-  zero_dormant(whole, 1, place);
   return whole;
 }
 

@@ -53,13 +53,8 @@ Tensor place(const Tensor& part, const Runs& runs, int64_t channels, at::MemoryF
   if (total(runs) == channels) return part.contiguous(format);
   auto sizes = part.sizes().vec();
   sizes[1] = channels;
-  Tensor whole = at::empty(sizes, part.options().memory_format(format));
-  int64_t offset = 0;
-  for (const Run& run : runs) {
-    whole.narrow(1, run.start, run.length).copy_(part.narrow(1, offset, run.length));
-    offset += run.length;
-  }
-  zero_dormant(whole, 1, runs);
+  Tensor whole = zeros_outside(sizes, part.options(), 1, runs, format);
+  write(whole, part, 1, runs);
   return whole;
 }
 

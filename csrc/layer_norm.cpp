@@ -34,9 +34,8 @@ struct Plan {
 // `part` at its place in an activation like `input`.
 Tensor spread(const Tensor& part, const Tensor& input, const Plan& plan) {
   if (total(plan.place) == input.size(plan.axis)) return part;
-  Tensor whole = at::empty(input.sizes(), input.options());
+  Tensor whole = zeros_outside(input.sizes(), input.options(), plan.axis, plan.place);
   write(whole, part, plan.axis, plan.place);
-  zero_dormant(whole, plan.axis, plan.place);
   return whole;
 }
 

@@ -4,6 +4,10 @@
 // static layout, where activations have capacity size and kernels alone read how much of it is active.
 #include <Python.h>
 
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 TORCH_LIBRARY(esper_elastic, m) {
@@ -46,7 +50,45 @@ TORCH_LIBRARY(esper_elastic, m) {
       "float dampening, float weight_decay, bool nesterov, bool maximize) -> ()");
 }
 
+namespace {
+
+// `torch.ops.esper_elastic.linear` for plain tensors, without what the generic way from Python costs: a small layer is called so often that
+// parsing its arguments by schema would be a fifth of its time. Dispatch, autograd and modes are those of the op.
+PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 6, "linear: expected input, weight, bias, control, slots and width, got ", count, " arguments");
+  for (const int index : {0, 1, 3, 4}) TORCH_CHECK_TYPE(THPVariable_Check(args[index]), "linear: argument ", index, ": expected a tensor");
+  using Op = at::Tensor(
+      const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, const at::Tensor&,
+      std::optional<c10::SymInt>, std::optional<at::ScalarType>);
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("esper_elastic::linear", "").typed<Op>();
+  std::optional<at::Tensor> bias;
+  if (args[2] != Py_None) bias = THPVariable_Unpack(args[2]);
+  std::optional<c10::SymInt> width;
+  if (args[5] != Py_None) {
+    const long long value = PyLong_AsLongLong(args[5]);
+    if (value == -1 && PyErr_Occurred() != nullptr) return nullptr;
+    width = c10::SymInt(static_cast<int64_t>(value));
+  }
+  const at::Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
+  const at::Tensor &control = THPVariable_Unpack(args[3]), &slots = THPVariable_Unpack(args[4]);
+  at::Tensor output;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    output = op.call(input, weight, bias, control, slots, width, std::nullopt);
+  }
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef methods[] = {
+    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL,
+     "linear(input, weight, bias, control, slots, width): the op of that name, called directly"},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
 extern "C" PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "The compiled ops of esper_elastic; importing it registers them.", -1, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "The compiled ops of esper_elastic; importing it registers them.", -1, methods};
   return PyModule_Create(&module);
 }

@@ -2,6 +2,11 @@
 
 #include "widths.h"
 
+#include <sys/mman.h>
+
+#include <fstream>
+#include <string>
+
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -94,6 +99,46 @@ at::Tensor embed(const at::Tensor& part, int64_t axis, const Runs& runs, int64_t
   }
   fill(size - end);
   return at::cat(parts, axis);
+}
+
+namespace {
+
+constexpr size_t kHugePage = size_t{1} << 21;
+
+bool huge_pages_on_demand() {
+  static const bool offered = [] {
+    std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
+    std::string modes;
+    std::getline(file, modes);
+    return modes.find("[always]") != std::string::npos || modes.find("[madvise]") != std::string::npos;
+  }();
+  return offered;
+}
+
+// Zeroed memory as huge pages, or nullptr.
+void* map_huge_pages(size_t bytes) {
+  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED) return nullptr;
+  madvise(pages, bytes, MADV_HUGEPAGE);
+  return pages;
+}
+
+}  // namespace
+
+at::Tensor zeros_outside(
+    at::IntArrayRef sizes, const at::TensorOptions& options, int64_t axis, const Runs& runs, at::MemoryFormat format) {
+  const bool last = format == at::MemoryFormat::ChannelsLast;
+  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  const bool whole = total(runs) == sizes[axis];
+  if (!whole && options.device().is_cpu() && bytes >= 2 * kHugePage && huge_pages_on_demand()) {
+    if (void* pages = map_huge_pages(bytes)) {
+      const at::DimVector strides(last ? at::DimVector(c10::get_channels_last_strides_2d(sizes)) : c10::contiguous_strides(sizes));
+      return at::from_blob(pages, sizes, strides, [bytes](void* begin) { munmap(begin, bytes); }, options);
+    }
+  }
+  at::Tensor tensor = at::empty(sizes, options.memory_format(format));
+  zero_dormant(tensor, axis, runs);
+  return tensor;
 }
 
 void zero_dormant(at::Tensor& tensor, int64_t axis, const Runs& runs) {

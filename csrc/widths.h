@@ -55,6 +55,12 @@ void write(at::Tensor& storage, const at::Tensor& part, int64_t axis, const Runs
 // The inverse of `slice`: `part` at its runs in an axis of `size`, zero elsewhere. Differentiable.
 at::Tensor embed(const at::Tensor& part, int64_t axis, const Runs& runs, int64_t size);
 
+// A tensor that is zero outside `runs` of `axis`; what is inside is undefined and must be written by the caller. Large ones on the CPU come
+// as fresh huge pages, which the kernel hands out zeroed: faulting them in as small pages took longer than the work of a narrow layer.
+at::Tensor zeros_outside(
+    at::IntArrayRef sizes, const at::TensorOptions& options, int64_t axis, const Runs& runs,
+    at::MemoryFormat format = at::MemoryFormat::Contiguous);
+
 // Set the indices of `axis` outside `runs` to zero.
 void zero_dormant(at::Tensor& tensor, int64_t axis, const Runs& runs);
 

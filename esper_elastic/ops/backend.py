@@ -12,14 +12,13 @@ import torch
 BACKENDS = ("auto", "reference", "native", "triton")
 
 
-def _load_library() -> str | None:
-    """Register the compiled ops; returns why that was impossible, or ``None``."""
+def _load_library() -> tuple[Any, str | None]:
+    """Register the compiled ops; returns the library, or why there is none."""
     try:
-        importlib.import_module("esper_elastic._C")
+        return importlib.import_module("esper_elastic._C"), None
     except ImportError as error:
         failure = Path(__file__).parents[1] / "_build_failure.txt"
-        return failure.read_text().strip() if failure.exists() else f"the library was not built ({error})"
-    return None
+        return None, failure.read_text().strip() if failure.exists() else f"the library was not built ({error})"
 
 
 def _choice() -> str:
@@ -29,7 +28,7 @@ def _choice() -> str:
     return chosen
 
 
-LIBRARY_MISSING = _load_library()
+LIBRARY, LIBRARY_MISSING = _load_library()
 CHOICE = _choice()
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import LayoutError
 from . import reference
-from .backend import LIBRARY_MISSING
+from .backend import LIBRARY, LIBRARY_MISSING
 from .widths import Widths
 
 
@@ -29,12 +29,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, widths: Widths) -
     rows, columns = widths.axes
     width = None if widths.static else rows.active
     expected = columns.capacity if width is None else columns.active
-    if not input.dim():
+    shape = input.shape
+    if not shape:
         raise LayoutError(f"{widths.label}: input: expected at least one axis, the features, got a single number. Unsqueeze it.")
-    if input.shape[-1] != expected:
-        raise widths.refuse("input features", input.shape[-1], 1)
+    if shape[-1] != expected:
+        raise widths.refuse("input features", shape[-1], 1)
     if not widths.compiled_ops_serve():
         return reference.linear(input, weight, bias, widths)
+    if type(input) is Tensor and not torch.compiler.is_compiling():
+        return LIBRARY.linear(input, weight, bias, widths.control, widths.slots, width)
     return torch.ops.esper_elastic.linear.default(input, weight, bias, widths.control, widths.slots, width)
 
 
