@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -614,7 +615,7 @@ class Contract(ABC):
             pytest.skip(f"no compiled library: {backends.LIBRARY_MISSING}")
         layer = self.build(narrow, "static")
         torch._dynamo.reset()
-        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(layer, fullgraph=True, backend=counter)
         dims = [dim for axis in layer._widths.axes for dim in axis.dims]
         for width in range(1, 1 + max(dim.capacity for dim in dims)):
