@@ -31,6 +31,7 @@ from esper_elastic.ops import widths as widths_module
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 LAYOUTS = ("compact", "static")
+needs_library = pytest.mark.skipif(backends.LIBRARY_MISSING is not None, reason=f"no compiled library: {backends.LIBRARY_MISSING}")
 STALE = "widths or switches changed after the forward that built the graph"
 
 
@@ -226,10 +227,8 @@ class Contract(ABC):
 
     # Set-up
 
-    @pytest.fixture(params=("reference", "native"))
+    @pytest.fixture(params=("reference", pytest.param("native", marks=needs_library)))
     def backend(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-        if request.param == "native" and backends.LIBRARY_MISSING is not None:
-            pytest.skip(f"no compiled library: {backends.LIBRARY_MISSING}")
         monkeypatch.setattr(widths_module, "native_serves", lambda device, static: request.param == "native")
         return request.param
 
@@ -277,8 +276,8 @@ class Contract(ABC):
     def twin(self, layer: nn.Module, dtype: torch.dtype) -> nn.Module:
         """The ``nn`` layer built from the active slice, in ``dtype``."""
         dense = self.dense(*(axis.active for axis in layer._widths.axes), dtype=dtype)
-        axes = layer.tensor_axes()
-        state = {name: active_part(tensor.detach(), axes.get(name, ())) for name, tensor in layer.state_dict().items() if name in axes}
+        axes, tensors = layer.tensor_axes(), (*layer.named_parameters(), *layer.named_buffers())
+        state = {name: active_part(tensor.detach(), axes[name]) for name, tensor in tensors if name in axes}
         state |= {name: tensor for name, tensor in dense.state_dict().items() if name not in axes}
         dense.load_state_dict(state)
         return dense.train(layer.training)
@@ -496,9 +495,8 @@ class Contract(ABC):
             (expected if self.unit == -1 else expected.sum()),
         )
 
+    @needs_library
     def test_opcheck(self, layout: str, narrow: tuple[AxisCase, ...]) -> None:
-        if backends.LIBRARY_MISSING is not None:
-            pytest.skip(f"no compiled library: {backends.LIBRARY_MISSING}")
         layer = self.build(narrow, layout)
         x, _ = self.inputs(layer)
         x.data.nan_to_num_(0.5)
@@ -610,9 +608,8 @@ class Contract(ABC):
 
     # Compilation, in static layout
 
+    @needs_library
     def test_compiles_once_for_all_widths(self, narrow: tuple[AxisCase, ...]) -> None:
-        if backends.LIBRARY_MISSING is not None:
-            pytest.skip(f"no compiled library: {backends.LIBRARY_MISSING}")
         layer = self.build(narrow, "static")
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
