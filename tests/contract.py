@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -611,7 +612,7 @@ class Contract(ABC):
     def test_compiles_once_for_all_widths(self, narrow: tuple[AxisCase, ...]) -> None:
         layer = self.build(narrow, "static")
         torch._dynamo.reset()
-        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(layer, fullgraph=True, backend=counter)
         dims = [dim for axis in layer._widths.axes for dim in axis.dims]
         for width in range(1, 1 + max(dim.capacity for dim in dims)):
