@@ -27,7 +27,7 @@ using at::TensorList;
 constexpr int64_t kChunk = 32768;  // elements that one task updates
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread
 constexpr int64_t kNarrow = 32;    // below this mean width, column bands are handled by arrays of constants
-constexpr int64_t kAhead = 2;      // rows to prefetch ahead; tuned on 2048 x 2048 of which 512 columns are active
+constexpr int64_t kAhead = 6;      // rows to prefetch ahead; tuned on 2048 x 2048 of which 512 columns are active
 
 struct Band {
   int64_t start, stop, offset;
@@ -168,8 +168,8 @@ struct Task {  // rows x columns of one row band; all column bands in it
 template <typename T, typename Rule>
 void prefetch(const Work<T, Rule>& work, int64_t begin) {
   for (T* tensor : work.tensors) {
-    __builtin_prefetch(tensor + begin, 1);
-    __builtin_prefetch(tensor + begin + 64 / sizeof(T), 1);
+    __builtin_prefetch(tensor + begin);
+    __builtin_prefetch(tensor + begin + 64 / sizeof(T));
   }
 }
 

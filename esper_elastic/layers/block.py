@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..control import Axis, ControlBlock, Switch
+from ..control import Axis, ControlBlock, Switch, of_fixed_shape
 from ..errors import LayoutError
 from ..ops.reference import fence
 from . import registry, state
@@ -96,7 +96,7 @@ class ElasticBlock(nn.Module):
         device = next((p.device for p in self.module.parameters()), torch.device("cpu")) if self.static else torch.device("cpu")
         self.control = self.switch.block.on(device)
         with torch.inference_mode(False):
-            self.slot = torch.tensor([self.switch.slot], dtype=torch.int32, device=self.control.device)
+            self.slot = of_fixed_shape(torch.tensor([self.switch.slot], dtype=torch.int32, device=self.control.device))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         for parameter in self.module.parameters():

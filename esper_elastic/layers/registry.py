@@ -38,23 +38,37 @@ class ParameterAxes:
 
 
 _registry: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_revision = 0
+
+
+def revision() -> int:
+    """A number that changes whenever the axes or switches of a parameter do, so that what was looked up need not be again."""
+    return _revision
+
+
+def _note(parameter: Tensor, known: ParameterAxes) -> None:
+    global _revision
+    _registry[parameter] = known
+    _revision += 1
 
 
 def register(parameter: Tensor, axes: tuple[Axis | None, ...], switches: tuple[Switch, ...]) -> None:
     """Note the axes of ``parameter``, replacing what was known of it."""
-    _registry[parameter] = ParameterAxes(axes, switches)
+    _note(parameter, ParameterAxes(axes, switches))
 
 
 def add_switch(parameter: Tensor, switch: Switch) -> None:
     """Put ``parameter``, elastic or plain, under one more switch."""
     known = _registry.get(parameter) or ParameterAxes((None,) * parameter.dim(), ())
     if not any(other is switch for other in known.switches):
-        _registry[parameter] = ParameterAxes(known.axes, (*known.switches, switch))
+        _note(parameter, ParameterAxes(known.axes, (*known.switches, switch)))
 
 
 def forget(parameter: Tensor) -> None:
     """Drop what is known of ``parameter``, until it is registered again."""
+    global _revision
     _registry.pop(parameter, None)
+    _revision += 1
 
 
 def lookup(parameter: Tensor) -> ParameterAxes | None:

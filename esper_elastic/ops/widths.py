@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..control import Axis, ControlBlock, Switch
+from ..control import Axis, ControlBlock, Switch, of_fixed_shape
 from ..errors import LayoutError
 from .backend import native_serves
 
@@ -53,7 +53,7 @@ class Widths:
         home = device if self.static else torch.device("cpu")
         self.control = self.block.on(home)
         with torch.inference_mode(False):
-            self.slots = torch.tensor(rows, dtype=torch.int32, device="cpu" if home.type == "meta" else home)
+            self.slots = of_fixed_shape(torch.tensor(rows, dtype=torch.int32, device=self.control.device))
         self.native = native_serves(device, self.static)
 
     def compiled_ops_serve(self) -> bool:

@@ -40,10 +40,11 @@ class Plan:
         strides: that the compiled op expects of the gradient.
     """
 
-    __slots__ = ("asleep", "block", "counts", "generation", "known", "runs", "strides", "vector")
+    __slots__ = ("asleep", "block", "counts", "generation", "revision", "runs", "strides", "vector")
 
-    def __init__(self, param: Tensor, known: ParameterAxes | None) -> None:
-        self.known = known
+    def __init__(self, param: Tensor) -> None:
+        self.revision = registry.revision()
+        known = registry.lookup(param)
         self.block = _block_of(known)
         self.generation = -1 if self.block is None else self.block.generation
         self.asleep = param.numel() == 0 or (known is not None and known.asleep)
@@ -52,9 +53,9 @@ class Plan:
         self.counts: StepCounts
         self.vector: Tensor | None = None
 
-    def holds(self, known: ParameterAxes | None) -> bool:
+    def holds(self) -> bool:
         """Whether widths, switches and bindings are as they were."""
-        return self.known is known and (self.block is None or self.block.generation == self.generation)
+        return self.revision == registry.revision() and (self.block is None or self.block.generation == self.generation)
 
 
 class ElasticOptimizer(Optimizer):
@@ -104,6 +105,8 @@ class ElasticOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_sparse()
+        if len(self._plans) > sum(len(group["params"]) for group in self.param_groups):
+            self._plans.clear()  # a parameter was removed, which a plan would keep alive
         for group in self.param_groups:
             self._step_group(group)
         return loss
@@ -167,15 +170,14 @@ class ElasticOptimizer(Optimizer):
 
     def _plan(self, param: Tensor, names: tuple[str, ...]) -> Plan:
         """The plan of ``param``, made anew where widths, bindings or state are no longer those it was made for."""
-        known = registry.lookup(param)
         plan = self._plans.get(param)
-        if plan is not None and plan.holds(known):
+        if plan is not None and plan.holds():
             if plan.asleep:
                 return plan
             state = self.state[param] if names else {}
             if all(name in state for name in names) and (not names or state.get("step") is plan.counts.packed):
                 return plan
-        plan = self._plans[param] = Plan(param, known)
+        plan = self._plans[param] = Plan(param)
         if plan.asleep:
             return plan
         kept = self.state[param] if names else {}
