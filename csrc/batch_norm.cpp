@@ -63,7 +63,7 @@ class Running {
     for (int i = 0; i < 2; ++i) active[i] = slice(storage[i], 0, features);
     target = active;
     if (momentum) return;
-    share = batches->to(at::toOpMathType(mean->scalar_type())).reciprocal();
+    share = batches->to(at::kDouble).reciprocal();
     for (int i = 0; i < 2; ++i) target[i] = at::zeros_like(active[i]);
   }
 
@@ -72,7 +72,7 @@ class Running {
 
   void finish() {
     for (int i = 0; i < 2 && storage[i].defined(); ++i) {
-      if (share.defined()) active[i].copy_(active[i].to(share.scalar_type()).lerp(target[i].to(share.scalar_type()), share));
+      if (share.defined()) active[i].copy_(active[i].to(at::kDouble).lerp(target[i].to(at::kDouble), share));
       if (features.size() > 1) write(storage[i], active[i], 0, features);  // a copy, not a view
     }
   }
@@ -139,8 +139,8 @@ Three batch_norm_backward_native(
     const Tensor& grad, const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias, const Tensor& mean,
     const Tensor& spread, const Tensor& control, const Tensor& slots, bool compact, bool training, double eps, Mask mask) {
   const Plan plan(control, slots, compact);
-  const Tensor unused = at::empty({0}, grad.options());
-  Three result{unused, mask[1] ? at::zeros_like(*weight) : unused, mask[2] ? at::zeros_like(*bias) : unused};
+  auto unused = [&] { return at::empty({0}, grad.options()); };  // a new one each, since outputs of an op may not alias
+  Three result{unused(), mask[1] ? at::zeros_like(*weight) : unused(), mask[2] ? at::zeros_like(*bias) : unused()};
   auto& [gx, gw, gb] = result;
   if (plan.features.empty()) {
     if (mask[0]) gx = at::empty_like(input, input.suggest_memory_format()).zero_();
@@ -170,7 +170,7 @@ variable_list differentiable_backward(
   }
   const Runs& kept = training ? plan.place : plan.features;
   const auto [gx, gw, gb] = aten_backward(
-      slice(grad, 1, plan.place), slice(input, 1, plan.place), sliced(weight, plan.features), slice(mean, 0, kept), slice(spread, 0, kept),
+      gather(grad, plan.place), gather(input, plan.place), sliced(weight, plan.features), slice(mean, 0, kept), slice(spread, 0, kept),
       training, eps, mask);
   if (mask[0]) result[0] = embed(gx, 1, plan.place, input.size(1));
   if (mask[1]) result[1] = embed(gw, 0, plan.features, weight->size(0));

@@ -61,11 +61,8 @@ Three layer_norm_backward_native(
     const Tensor& grad, const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias, const Tensor& mean,
     const Tensor& rstd, const Tensor& control, const Tensor& slots, bool compact, int64_t normalized_dims, Mask mask) {
   const Plan plan(input, control, slots, compact, normalized_dims);
-  const Tensor unused = at::empty({0}, grad.options());
-  auto empty_gradient = [&](bool wanted, const optional<Tensor>& like) {
-    return wanted ? at::zeros_like(*like) : unused;
-  };
-  Three result{unused, empty_gradient(mask[1], weight), empty_gradient(mask[2], bias)};
+  auto unused = [&] { return at::empty({0}, grad.options()); };  // a new one each, since outputs of an op may not alias
+  Three result{unused(), mask[1] ? at::zeros_like(*weight) : unused(), mask[2] ? at::zeros_like(*bias) : unused()};
   auto& [gx, gw, gb] = result;
   if (plan.units.empty()) {
     if (mask[0]) gx = at::zeros(input.sizes(), input.options());

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -409,8 +410,10 @@ class Contract(ABC):
         try:
             outputs[0].sum().backward()
         except RuntimeError:
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                outputs[1].sum().backward()
+            try:
+                outputs[1].sum().backward()  # right, where the layer has copied several runs together
+            except RuntimeError as error:
+                assert re.search(r"modified (by an )?inplace", str(error))
             return
         outputs[1].sum().backward()
         for name, parameter in dense.named_parameters():

@@ -161,9 +161,15 @@ def test_keeps_channels_last(training: bool, layout: str) -> None:
     torch.testing.assert_close(y, plain)
 
 
-@pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("options", [{}, {"affine": False, "momentum": None}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "layout", "options"),
+    [
+        ("1d", "static", {}),
+        ("1d-length", "compact", {"track_running_stats": False}),
+        ("2d", "static", {"affine": False, "momentum": None}),
+    ],
+    ids=str,
+)
 def test_ops_pass_opcheck(kind: str, layout: str, options: dict[str, Any]) -> None:
     if backends.LIBRARY_MISSING is not None:
         pytest.skip(f"no compiled library: {backends.LIBRARY_MISSING}")
@@ -231,7 +237,7 @@ def test_refuses_what_nn_refuses(kind: str) -> None:
             module(bad)
     single = torch.randn(1, 5) if kind.startswith("1d") else torch.randn(1, 5, 1, 1)
     for module in (layer, dense):
-        with pytest.raises(ValueError, match="more than (1|one) value per"):
+        with pytest.raises(ValueError, match=r"more than (1|one) value per"):
             module(single)
     layer.eps = -1.0
     with pytest.raises(ValueError, match="eps"):

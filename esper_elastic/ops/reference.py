@@ -66,26 +66,18 @@ def batch_norm(
     """
     (features,) = widths.axes
     if asleep(widths):
-        return put(input.narrow(1, 0, 0), 1, [], input.shape[1])
+        return _silent(input, 1)
     x, *fenced = fence_operands(widths, input, weight, bias)
     x = _dense_in_memory(enter(x, 1, features, widths))
     w, b, mean, var = (None if t is None else active_slice(t, 0, features) for t in (*fenced, running_mean, running_var))
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    if not training or mean is None or var is None or running_mean is None or running_var is None:
-        output = F.batch_norm(x, mean, var, w, b, training, momentum or 0.0, eps)
-    elif momentum is not None:
-        output = F.batch_norm(x, mean, var, w, b, training, momentum, eps)
-        if len(features.runs()) > 1:  # copies, not views
-            store(running_mean, mean, features.runs())
-            store(running_var, var, features.runs())
-    else:
-        assert num_batches_tracked is not None
-        batch_mean, batch_var = torch.zeros_like(mean), torch.zeros_like(var)
-        output = F.batch_norm(x, batch_mean, batch_var, w, b, training, 1.0, eps)
-        share = num_batches_tracked.double().reciprocal()
-        store(running_mean, mean.double().lerp(batch_mean.double(), share), features.runs())
-        store(running_var, var.double().lerp(batch_var.double(), share), features.runs())
+    runs = features.runs()
+    if training and running_mean is not None and running_var is not None and (momentum is None or len(runs) > 1):
+        share = momentum if num_batches_tracked is None or momentum is not None else num_batches_tracked.double().reciprocal()
+        _move_statistics(x, running_mean, running_var, runs, share)
+        mean = var = None
+    output = F.batch_norm(x, mean, var, w, b, training, momentum or 0.0, eps)
     return fence(leave(output, 1, features, widths), widths.control, widths.label)
 
 
@@ -96,7 +88,7 @@ def layer_norm(
     (units,) = widths.axes
     axis = input.dim() - 1 - len(fixed_shape)
     if asleep(widths):
-        return put(input.narrow(axis, 0, 0), axis, [], input.shape[axis])
+        return _silent(input, axis)
     x, *fenced = fence_operands(widths, input, weight, bias)
     x = enter(x, axis, units, widths)
     w, b = (None if t is None else active_slice(t, 0, units) for t in fenced)
@@ -136,11 +128,28 @@ def put(part: Tensor, index: int, runs: Runs, size: int) -> Tensor:
     return torch.cat(pieces, index)
 
 
+def _silent(input: Tensor, index: int) -> Tensor:
+    """Zeros like ``input`` for a layer that is asleep: none of its units enters, so that its gradient is zero as well."""
+    return torch.cat([input.narrow(index, 0, 0), torch.zeros_like(input)], index)
+
+
 def _dense_in_memory(x: Tensor) -> Tensor:
     """``x`` without gaps, in its memory format: for strided input PyTorch's batch norm sums several times less exactly."""
     if x.is_contiguous() or torch._C._are_functorch_transforms_active():
         return x
     return x.contiguous(memory_format=suggest_memory_format(x))
+
+
+@torch.no_grad()
+def _move_statistics(x: Tensor, running_mean: Tensor, running_var: Tensor, runs: Runs, share: Any) -> None:
+    """Take ``share`` of the running statistics at ``runs`` from the batch ``x``.
+
+    Comes before whatever autograd saves: a checkpointed forward that is run again stops at the last tensor saved.
+    """
+    mean, var = (torch.zeros(x.shape[1], dtype=t.dtype, device=t.device) for t in (running_mean, running_var))
+    F.batch_norm(x.detach(), mean, var, None, None, True, 1.0)
+    for storage, batch in ((running_mean, mean), (running_var, var)):
+        store(storage, take(storage, 0, runs).double().lerp(batch.double(), share), runs)
 
 
 def store(storage: Tensor, part: Tensor, runs: Runs) -> None:
@@ -219,7 +228,7 @@ def _fence_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 _compiled_fence.register_autograd(_fence_gradient, setup_context=_save_control)
 
 
-def fence_operands(widths: Widths, *operands: Tensor | None) -> list[Tensor | None]:
+def fence_operands(widths: Widths, *operands: Tensor | None) -> list[Any]:
     """Make the gradients of ``operands``, and all derivatives of those, raise after a commit. For eager graphs."""
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return list(operands)
