@@ -92,16 +92,17 @@ Three batch_norm_native(
   const Plan plan(control, slots, compact);
   Three result;
   auto& [output, mean, invstd] = result;
-  const bool whole = covers(plan.place, input);
+  const bool empty = plan.features.empty() || input.numel() == 0;  // ATen's kernels divide by the size of a batch
+  const bool whole = !empty && covers(plan.place, input);
   if (!whole) {
     mean = at::zeros({input.size(1)}, input.options().dtype(statistics_type(input, weight, running_mean)));
     invstd = at::zeros_like(mean);
   }
-  if (plan.features.empty()) {
+  if (num_batches_tracked && !plan.features.empty()) num_batches_tracked->add_(1);
+  if (empty) {
     output = at::empty_like(input, input.suggest_memory_format()).zero_();
     return result;
   }
-  if (num_batches_tracked) num_batches_tracked->add_(1);
   Running running(running_mean, running_var, num_batches_tracked, momentum, plan.features);
   auto active = at::native_batch_norm(
       gather(input, plan.place), sliced(weight, plan.features), sliced(bias, plan.features), running.mean(), running.var(), true,
@@ -118,7 +119,7 @@ Tensor batch_norm_eval_native(
     const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias, const Tensor& running_mean,
     const Tensor& running_var, const Tensor& control, const Tensor& slots, bool compact, double eps) {
   const Plan plan(control, slots, compact);
-  if (plan.features.empty()) return at::empty_like(input, input.suggest_memory_format()).zero_();
+  if (plan.features.empty() || input.numel() == 0) return at::empty_like(input, input.suggest_memory_format()).zero_();
   const auto active = at::native_batch_norm(
       gather(input, plan.place), sliced(weight, plan.features), sliced(bias, plan.features), slice(running_mean, 0, plan.features),
       slice(running_var, 0, plan.features), false, 0.0, eps);
@@ -142,7 +143,7 @@ Three batch_norm_backward_native(
   auto unused = [&] { return at::empty({0}, grad.options()); };  // a new one each, since outputs of an op may not alias
   Three result{unused(), mask[1] ? at::zeros_like(*weight) : unused(), mask[2] ? at::zeros_like(*bias) : unused()};
   auto& [gx, gw, gb] = result;
-  if (plan.features.empty()) {
+  if (plan.features.empty() || input.numel() == 0) {
     if (mask[0]) gx = at::empty_like(input, input.suggest_memory_format()).zero_();
     return result;
   }
@@ -162,7 +163,7 @@ variable_list differentiable_backward(
     const Tensor& spread, const Tensor& control, const Tensor& slots, bool compact, bool training, double eps, Mask mask) {
   const Plan plan(control, slots, compact);
   variable_list result(3);
-  if (plan.features.empty()) {
+  if (plan.features.empty() || input.numel() == 0) {
     if (mask[0]) result[0] = at::zeros_like(input);
     if (mask[1]) result[1] = at::zeros_like(*weight);
     if (mask[2]) result[2] = at::zeros_like(*bias);

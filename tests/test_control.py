@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import pickle
 import threading
 import tracemalloc
@@ -25,7 +26,7 @@ from esper_elastic.layers.registry import lookup
 def chain(*sizes: tuple[int, int]) -> nn.Sequential:
     """Linear layers over ``(active, capacity)`` sizes, neighbours sharing a dim."""
     dims = [ee.ElasticDim(active, capacity) for active, capacity in sizes]
-    pairs = zip(dims[:-1], dims[1:], strict=True)
+    pairs = itertools.pairwise(dims)
     return nn.Sequential(*(ee.ElasticLinear(a.active, b.active, in_dim=a, out_dim=b) for a, b in pairs))
 
 

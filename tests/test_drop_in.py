@@ -1,4 +1,4 @@
-"""Every elastic layer in the place of its ``nn`` class: PyTorch's own module inputs, and all that code written for ``nn`` may do to a layer.
+"""Every elastic layer in the place of its ``nn`` class: PyTorch's own module inputs, and all that code written for ``nn`` may do to one.
 
 The layers are found in the package; a new one joins by being exported, and with an entry in ``EXAMPLES``.
 """
@@ -86,7 +86,7 @@ def capacities(cls: type[nn.Module], dense: nn.Module, factor: int) -> dict[str,
     """The ``max_*`` arguments of ``cls`` for ``factor`` times the sizes of ``dense``."""
     names = [name for name in inspect.signature(cls).parameters if name.startswith("max_")]
     sizes = {name: getattr(dense, name.removeprefix("max_"), None) for name in names}
-    sizes = {name: dense.normalized_shape[-1] if size is None else size for name, size in sizes.items()}
+    sizes = {name: dense.normalized_shape[0] if size is None else size for name, size in sizes.items()}
     return {name: factor * size for name, size in sizes.items()}
 
 
@@ -130,7 +130,7 @@ def test_module_inputs_of_pytorch(name: str, dtype: torch.dtype, training: bool,
         layer = cls.from_dense(dense, **extra)
     else:
         layer = cls(*case.arguments[0], **case.arguments[1], dtype=dtype, **extra).train(training)
-        layer.load_state_dict({**layer.state_dict(), **{k: v for k, v in embedded(layer, dense).items()}})
+        layer.load_state_dict({**layer.state_dict(), **dict(embedded(layer, dense))})
     with torch.no_grad():
         for key, axes in layer.tensor_axes().items():
             if getattr(layer, key) is not None and getattr(layer, key).is_floating_point():
@@ -210,6 +210,11 @@ def build(cls: type[ElasticLayer], example: Example, **factory: Any) -> Any:
     return cls(*example.arguments, **factory, **example.extra)
 
 
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers; a state_dict holds the widths as well."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 def test_signature_is_that_of_nn_and_keyword_only_extras(cls: type[ElasticLayer]) -> None:
     ours, theirs = (list(inspect.signature(c).parameters.values()) for c in (cls, cls.dense_class))
     head, extras = ours[: len(theirs)], ours[len(theirs) :]
@@ -226,7 +231,7 @@ def test_is_a_leaf_module_of_its_class(cls: type[ElasticLayer], example: Example
     assert isinstance(layer, cls.dense_class)
     assert list(layer.children()) == []
     dense = cls.dense_class(*example.arguments)
-    assert list(layer.state_dict()) == list(dense.state_dict())
+    assert list(cls(*example.arguments).state_dict()) == list(dense.state_dict())
     assert [name for name, _ in layer.named_parameters()] == [name for name, _ in dense.named_parameters()]
     assert [name for name, _ in layer.named_buffers()] == [name for name, _ in dense.named_buffers()]
     public = {name for name in vars(dense) if not name.startswith("_")}
@@ -250,10 +255,10 @@ def test_same_seed_gives_the_same_weights_and_leaves_the_same_state(cls: type[El
     assert torch.equal(torch.get_rng_state(), after)
     for name in dense.state_dict():
         assert torch.equal(layer.active(name), dense.state_dict()[name])
-    assert all(tensor.isfinite().all() for tensor in layer.state_dict().values())
+    assert all(tensor.isfinite().all() for tensor in tensors(layer).values())
     torch.manual_seed(3)
-    again = build(cls, example)
-    assert all(torch.equal(a, b) for a, b in zip(layer.state_dict().values(), again.state_dict().values(), strict=True))
+    again = tensors(build(cls, example))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors(layer).items())
 
 
 def test_reset_parameters_draws_what_nn_draws(cls: type[ElasticLayer], example: Example) -> None:
@@ -316,12 +321,12 @@ def test_casts(cls: type[ElasticLayer], example: Example, dtype: torch.dtype) ->
     for cast in (lambda m: m.to(dtype), lambda m: m.type(dtype)):
         ours, theirs = cast(copy.deepcopy(layer)), cast(copy.deepcopy(dense))
         assert_as_exact(ours(x.to(dtype)), theirs(x.to(dtype)), copy.deepcopy(theirs).double()(x.to(dtype).double()), str(dtype))
-        assert {k: v.dtype for k, v in ours.state_dict().items()} == {k: v.dtype for k, v in theirs.state_dict().items()}
+        assert {k: v.dtype for k, v in tensors(ours).items()} == {k: v.dtype for k, v in tensors(theirs).items()}
 
 
 def test_meta_device_and_back(cls: type[ElasticLayer], example: Example) -> None:
     layer = build(cls, example, device="meta")
-    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+    assert all(tensor.is_meta for tensor in tensors(layer).values())
     assert layer(torch.empty(example.shape, device="meta")).shape == cls.dense_class(*example.arguments)(torch.randn(example.shape)).shape
     layer = layer.to_empty(device="cpu")
     torch.manual_seed(1)
@@ -331,12 +336,12 @@ def test_meta_device_and_back(cls: type[ElasticLayer], example: Example) -> None
     x = torch.randn(example.shape)
     assert_as_exact(layer(x), dense(x), copy.deepcopy(dense).double()(x.double()))
     with torch.device("meta"):
-        assert next(iter(build(cls, example).state_dict().values()), torch.empty(0, device="meta")).is_meta
+        assert all(tensor.is_meta for tensor in tensors(build(cls, example)).values())
 
 
 def test_skip_init(cls: type[ElasticLayer], example: Example) -> None:
     layer = torch.nn.utils.skip_init(cls, *example.arguments, **example.extra)
-    assert all(tensor.device.type == "cpu" for tensor in layer.state_dict().values())
+    assert all(tensor.device.type == "cpu" for tensor in tensors(layer).values())
     layer.reset_parameters()
     assert layer(torch.randn(example.shape)).isfinite().all()
 
@@ -345,7 +350,7 @@ def test_functional_call(cls: type[ElasticLayer], example: Example) -> None:
     layer, other = build(cls, example).eval(), build(cls, example).eval()
     x = torch.randn(example.shape)
     expected = other(x)
-    assert torch.equal(torch.func.functional_call(layer, dict(other.state_dict()), x), expected)
+    assert torch.equal(torch.func.functional_call(layer, tensors(other), x), expected)
 
 
 def test_plain_state_dict_goes_in(cls: type[ElasticLayer], example: Example) -> None:

@@ -1,89 +1,21 @@
-"""Growth keeps the function, pruning keeps the chosen units, and both leave nothing behind that a later wake would trip over."""
+"""Growth keeps the function, initialises all that a later wake may find, and refuses what it cannot do."""
 
 import copy
 import threading
 from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
+from growing import DERIVED, Derived, Net, assert_same, batch, everything, integral, poison, refused
 from torch import nn
 
 import esper_elastic as ee
-from esper_elastic import followers
 from esper_elastic.errors import GenerationError, OptimizerError, OwnerError
-
-# What the tests share
-
-
-class Net(nn.Module):
-    """3 -> hidden (4 of 9) -> middle (5 of 8) -> 2, in float64."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = ee.ElasticLinear(3, 4, max_out_features=9, dtype=torch.float64)
-        self.second = ee.ElasticLinear(4, 5, in_dim=self.first.out_dim, max_out_features=8, dtype=torch.float64)
-        self.third = ee.ElasticLinear(5, 2, in_dim=self.second.out_dim, dtype=torch.float64)
-        self.hidden, self.middle = self.first.out_dim, self.second.out_dim
-
-    def forward(self, input):
-        return self.third(self.second(self.first(input).relu()).relu())
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@torch.no_grad()
-def integral(*layers):
-    """Make all weights small integers, so that float64 computes without rounding and functions can be compared for equality."""
-    for layer in layers:
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randint(-4, 5, parameter.shape))
-    return layers[0]
-
-
-@torch.no_grad()
-def poison(*layers):
-    """Fill all dormant memory with NaN."""
-    for layer in layers:
-        for name, axes in layer.tensor_axes().items():
-            tensor = getattr(layer, name)
-            if tensor is not None:
-                mask = active_mask(tensor, axes)
-                tensor[~mask] = torch.nan
-
-
-def active_mask(tensor, axes):
-    mask = torch.ones(tensor.shape, dtype=torch.bool)
-    for index, axis in enumerate(axes):
-        here = torch.zeros(tensor.shape[index], dtype=torch.bool)
-        for start, length in [(0, tensor.shape[index])] if axis is None else axis.runs():
-            here[start : start + length] = True
-        mask &= here.view([-1 if i == index else 1 for i in range(tensor.dim())])
-    return mask
-
-
-def batch(*shape):
-    return torch.randint(-3, 4, shape).double()
-
-
-def everything(module):
-    """All that a refusal must leave as it was."""
-    generation = {id(dim.block): dim.block.generation for dim in dims_of(module)}
-    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    grads = {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
-    versions = [p._version for p in module.parameters()]
-    return generation, [dim.active for dim in dims_of(module)], state, grads, versions, torch.get_rng_state()
-
-
-def dims_of(module):
-    return [dim for layer in module.modules() if hasattr(layer, "_widths") for axis in layer._widths.axes for dim in axis.dims]
-
-
-def assert_same(before, after):
-    torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
 
 
 # Growth with zero columns
@@ -215,29 +147,15 @@ def test_a_weight_with_the_dim_on_both_axes_keeps_its_function(init):
 
 
 @pytest.mark.parametrize("init", ["zero", "split"])
-@pytest.mark.parametrize("shape", ["flatten", "beside others", "twice", "twice apart"])
+@pytest.mark.parametrize("shape", DERIVED)
 def test_growth_reaches_every_segment_of_a_derived_axis(shape, init):
-    first = ee.ElasticLinear(3, 4, max_out_features=7, dtype=torch.float64)
-    other = ee.ElasticLinear(3, 2, max_out_features=3, dtype=torch.float64)
-    d, e = first.out_dim, other.out_dim
-    axis, join = {
-        "flatten": (d * 3, lambda f, o: f.repeat_interleave(3, -1)),
-        "beside others": (ee.concat(e, d, e * 2), lambda f, o: torch.cat([o, f, o.repeat_interleave(2, -1)], -1)),
-        "twice": (ee.concat(d, d), lambda f, o: torch.cat([f, f], -1)),
-        "twice apart": (ee.concat(d, e, d), lambda f, o: torch.cat([f, o, f], -1)),
-    }[shape]
-    last = ee.ElasticLinear(axis.active, 2, in_dim=axis, dtype=torch.float64)
-    integral(first, other, last)
-    poison(first, other, last)
+    net = integral(Derived(shape))
+    poison(*net.children())
     input = batch(5, 3)
-
-    def run():
-        return last(join(first(input), other(input)))
-
-    before = run()
-    d.grow(6, init=init)
-    e.grow(3, init=init)
-    torch.testing.assert_close(run(), before, rtol=0 if init == "zero" else 1e-13, atol=0 if init == "zero" else 1e-13)
+    before = net(input)
+    net.one.out_dim.grow(6, init=init)
+    net.other.out_dim.grow(3, init=init)
+    torch.testing.assert_close(net(input), before, rtol=0 if init == "zero" else 1e-13, atol=0 if init == "zero" else 1e-13)
 
 
 @pytest.mark.parametrize("init", ["zero", "split"])
@@ -313,13 +231,6 @@ def test_split_breaks_symmetry(make):
 
 
 # Refusals
-
-
-def refused(net, change, error, match):
-    before = everything(net)
-    with pytest.raises(error, match=match):
-        change()
-    assert_same(before, everything(net))
 
 
 @pytest.mark.parametrize("init", ["zero", "split"])
@@ -403,84 +314,6 @@ def test_a_change_from_another_thread_is_refused():
     assert_same(before, everything(net))
 
 
-# Pruning
-
-
-INDICES = {
-    "list": [3, 0],
-    "tuple": (0, 3),
-    "range": range(0, 4, 3),
-    "tensor": torch.tensor([3, 0]),
-    "int32 tensor": torch.tensor([3, 0], dtype=torch.int32),
-    "numpy": np.array([3, 0]),
-    "numpy integers": [np.int64(3), np.int32(0)],
-}
-
-
-@pytest.mark.parametrize("indices", INDICES.values(), ids=INDICES.keys())
-def test_keep_equals_the_dense_model_of_the_chosen_units(indices):
-    net = Net()
-    poison(net.first, net.second, net.third)
-    first, second, third = net.first.to_dense(), net.second.to_dense(), net.third.to_dense()
-    input = torch.randn(6, 3, dtype=torch.float64)
-    with torch.no_grad():
-        chosen = first(input)[:, [0, 3]].relu()
-        expected = third((chosen @ second.weight[:, [0, 3]].T + second.bias).relu())
-    net.hidden.keep(indices)
-    assert net.hidden.active == 2
-    torch.testing.assert_close(net(input), expected, rtol=1e-13, atol=1e-13)
-
-
-def test_pruned_units_sleep_behind_in_order_and_wake_aligned():
-    net = Net()
-    integral(net.first, net.second, net.third)
-    rows, columns, bias = net.first.weight.clone(), net.second.weight.clone(), net.first.bias.clone()
-    input = batch(6, 3)
-    before = net(input)
-    net.hidden.keep([3, 1])
-    order = [1, 3, 0, 2, 4, 5, 6, 7, 8]
-    assert torch.equal(net.first.weight, rows[order])
-    assert torch.equal(net.first.bias, bias[order])
-    assert torch.equal(net.second.weight, columns[:, order])  # dormant rows of the other dim too
-    net.hidden.resize(4)
-    assert torch.equal(net(input), before)
-
-
-@pytest.mark.parametrize("shape", ["flatten", "beside others", "twice", "twice apart"])
-def test_keep_reaches_every_segment_of_a_derived_axis(shape):
-    first = ee.ElasticLinear(3, 4, max_out_features=7, dtype=torch.float64)
-    other = ee.ElasticLinear(3, 2, max_out_features=3, dtype=torch.float64)
-    d, e = first.out_dim, other.out_dim
-    axis, join = {
-        "flatten": (d * 3, lambda f, o: f.repeat_interleave(3, -1)),
-        "beside others": (ee.concat(e, d, e * 2), lambda f, o: torch.cat([o, f, o.repeat_interleave(2, -1)], -1)),
-        "twice": (ee.concat(d, d), lambda f, o: torch.cat([f, f], -1)),
-        "twice apart": (ee.concat(d, e, d), lambda f, o: torch.cat([f, o, f], -1)),
-    }[shape]
-    last = ee.ElasticLinear(axis.active, 2, in_dim=axis, dtype=torch.float64)
-    integral(first, other, last)
-    poison(first, other, last)
-    input = batch(5, 3)
-    full = last(join(first(input), other(input)))
-    dropped = first(input).clone()
-    dropped[:, [1, 2]] = 0
-    expected = last(join(dropped, other(input)))
-    d.keep([3, 0])
-    assert torch.equal(last(join(first(input), other(input))), expected)
-    d.resize(4)
-    assert torch.equal(last(join(first(input), other(input))), full)
-
-
-def test_keep_moves_gradients_with_their_units():
-    net = Net()
-    net(batch(6, 3)).sum().backward()
-    rows, columns = net.first.weight.grad.clone(), net.second.weight.grad.clone()
-    net.hidden.keep([2, 3])
-    order = [2, 3, 0, 1, 4, 5, 6, 7, 8]
-    assert torch.equal(net.first.weight.grad, rows[order])
-    assert torch.equal(net.second.weight.grad, columns[:, order])
-
-
 @pytest.mark.parametrize("change", [lambda dim: dim.keep([0, 2]), lambda dim: dim.grow(6), lambda dim: dim.grow(6, init="split")])
 def test_a_graph_from_before_refuses_its_backward(change):
     net = Net()
@@ -490,34 +323,15 @@ def test_a_graph_from_before_refuses_its_backward(change):
         loss.backward()
 
 
-def test_a_graph_from_before_refuses_its_backward_though_the_width_came_back():
-    net = Net()
-    net.hidden.resize(5)
-    loss = net(batch(6, 3)).sum()
-    with net.hidden.block.batch():
-        net.hidden.keep([1, 2])
-        net.hidden.resize(5)
-    with pytest.raises(GenerationError, match="Run the forward again"):
-        loss.backward()
-
-
-def test_keep_of_everything_does_nothing():
-    net = Net()
-    before = everything(net)
-    net.hidden.keep([3, 1, 0, 2])
-    assert_same(before, everything(net))
-
-
-def test_a_tied_weight_moves_once():
-    net = Net()
-    twin = ee.ElasticLinear(3, 4, out_dim=net.hidden, dtype=torch.float64)
-    twin.weight = net.first.weight
-    twin.bind_control()
-    rows = net.first.weight.clone()
-    net.hidden.keep([1, 2])
-    assert torch.equal(net.first.weight, rows[[1, 2, 0, 3, 4, 5, 6, 7, 8]])
-    net.hidden.grow(4, init="split")
-    assert {tuple(row.tolist()) for row in net.first.weight[:4]} == {tuple(row.tolist()) for row in rows[[1, 2]]}
+def test_a_tied_consumer_is_divided_once():
+    first = ee.ElasticLinear(3, 4, max_out_features=6, dtype=torch.float64)
+    one = ee.ElasticLinear(4, 2, in_dim=first.out_dim, dtype=torch.float64)
+    two = ee.ElasticLinear(4, 2, in_dim=first.out_dim, dtype=torch.float64)
+    two.weight = one.weight
+    input = torch.randn(5, 3, dtype=torch.float64)
+    before = one(first(input)) * two(first(input).relu())
+    first.out_dim.grow(6, init="split")
+    torch.testing.assert_close(one(first(input)) * two(first(input).relu()), before, rtol=1e-12, atol=1e-12)
 
 
 def test_a_weight_that_produces_and_consumes_the_same_units_is_not_split():
@@ -535,41 +349,6 @@ def test_a_weight_that_produces_and_consumes_the_same_units_is_not_split():
     assert first.weight[4].eq(0).all()  # where both meet, the function counts
     assert square.weight[:, 4].eq(0).all()
     first.out_dim.grow(6, init="split", exact=False)
-
-
-@pytest.mark.parametrize(
-    ("indices", "match"),
-    [
-        pytest.param([], r"keep: expected distinct indices of active units, from 0 to 3, got none\. To switch .* ElasticBlock", id="none"),
-        pytest.param(torch.tensor([], dtype=torch.long), r"got none", id="no element"),
-        pytest.param([1, 4], r"got 4\. Wake sleeping units with resize", id="asleep"),
-        pytest.param([-1, 0], r"got -1\.", id="negative"),
-        pytest.param(list(range(20)), r"got 4, 5, 6, 7, 8 and 11 more\.", id="many asleep"),
-        pytest.param([1, 2, 1], r"got 1 more than once\. Name each unit once", id="repeated"),
-        pytest.param([True, False, True, False], r"got a mask\. Pass its indices: mask\.nonzero\(\)\.flatten\(\)", id="list of bools"),
-        pytest.param(torch.tensor([True, False, True, False]), r"got a mask.*nonzero", id="bool tensor"),
-        pytest.param(np.array([True, False, True, False]), r"got a mask.*nonzero", id="numpy bools"),
-        pytest.param([np.bool_(True)], r"got a mask.*nonzero", id="numpy bool"),
-        pytest.param([0, 1.0], r"index: expected an integer, got 1\.0 of type float", id="float"),
-        pytest.param(torch.tensor([0.0, 1.0]), r"index: expected an integer, got 0\.0 of type float", id="float tensor"),
-        pytest.param([torch.tensor(1)], r"index: expected an integer, got tensor\(1\)", id="list of tensors"),
-        pytest.param("02", r"index: expected an integer, got '0' of type str", id="string"),
-        pytest.param(2, r"got 2 of type int\. To keep the first n units, call resize\(n\)", id="a number"),
-        pytest.param(torch.tensor(2), r"got a tensor of shape \(\)\. Pass a vector", id="scalar tensor"),
-        pytest.param(torch.tensor([[0, 1]]), r"got a tensor of shape \(1, 2\)\. Pass a vector", id="matrix"),
-    ],
-)
-def test_keep_refuses_indices(indices, match):
-    net = Net()
-    refused(net, lambda: net.hidden.keep(indices), ee.CapacityError, match)
-
-
-def test_keep_refuses_a_number_of_units_that_is_no_width():
-    dim = ee.ElasticDim(8, 12, minimum=4, multiple_of=4, name="heads")
-    layer = ee.ElasticLinear(3, 8, out_dim=dim)
-    refused(layer, lambda: dim.keep([0, 1, 2, 3, 4]), ee.CapacityError, r"'heads': cannot activate 5 units: expected a multiple of 4")
-    dim.keep([7, 6, 5, 0])
-    assert dim.active == 4
 
 
 # Batches
@@ -622,172 +401,3 @@ def test_two_dims_that_cross_grow_in_one_batch_in_any_order(init, hidden_first):
             dim.grow(8, init=init)
     tolerance = 0 if init == "zero" else 1e-13
     torch.testing.assert_close(net(input), before, rtol=tolerance, atol=tolerance)
-
-
-# Convolutions
-
-
-class Images(nn.Module):
-    """Two convolutions, a depthwise one between them, flattened into a linear layer; float64."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = ee.ElasticConv2d(2, 4, 3, padding=1, max_out_channels=9, dtype=torch.float64)
-        self.depthwise = ee.ElasticConv2d(4, 4, 3, padding=1, groups=4, in_dim=self.first.out_dim, dtype=torch.float64)
-        self.second = ee.ElasticConv2d(4, 3, 3, in_dim=self.first.out_dim, max_out_channels=6, dtype=torch.float64)
-        self.head = ee.ElasticLinear(12, 5, in_dim=self.second.out_dim * 4, dtype=torch.float64)
-        self.hidden, self.last = self.first.out_dim, self.second.out_dim
-
-    def forward(self, input):
-        return self.head(self.second(self.depthwise(self.first(input)).relu()).relu().flatten(1))
-
-
-@pytest.mark.parametrize("layout", ["compact", "static"])
-@pytest.mark.parametrize("init", ["zero", "split"])
-def test_convolutions_keep_their_function(init, layout):
-    net = integral(Images())
-    poison(*net.children())
-    for layer in net.children():
-        layer.layout = layout
-    input = batch(3, 2, 4, 4)
-    before = net(input)
-    net.hidden.grow(7, init=init)
-    net.last.grow(6, init=init)
-    tolerance = 0 if init == "zero" else 1e-12
-    torch.testing.assert_close(net(input), before, rtol=tolerance, atol=tolerance)
-    if init == "zero":
-        for layer in (net.first, net.depthwise):
-            assert layer.weight[4:7].isfinite().all()
-        assert net.second.weight[:3, 4:7].eq(0).all()
-        assert net.head.weight[:, 12:].eq(0).all()
-
-
-def test_convolutions_keep_the_chosen_channels():
-    net = integral(Images())
-    poison(*net.children())
-    input = batch(3, 2, 4, 4)
-    full = net(input)
-    twin = copy.deepcopy(net)
-    with torch.no_grad():
-        for channel in (0, 2):
-            twin.second.weight[:, channel] = 0
-        twin.head.weight[:, 4:8] = 0  # channel 1 of the flattened ones
-    expected = twin(input)
-    net.hidden.keep([3, 1])
-    net.last.keep([0, 2])
-    assert torch.equal(net(input), expected)
-    net.hidden.resize(4)
-    net.last.resize(3)
-    assert torch.equal(net(input), full)
-
-
-class Grouped(nn.Module):
-    """A grouped convolution over a dim that counts channels, two of which are a group."""
-
-    def __init__(self):
-        super().__init__()
-        dim = ee.ElasticDim(6, 12, multiple_of=2, name="channels")
-        self.first = ee.ElasticConv2d(2, 6, 1, out_dim=dim, dtype=torch.float64)
-        self.grouped = ee.ElasticConv2d(6, 6, 1, groups=3, in_dim=dim, dtype=torch.float64)
-        self.last = ee.ElasticConv2d(6, 4, 1, in_dim=dim, dtype=torch.float64)
-        self.dim = dim
-
-    def forward(self, input):
-        return self.last(self.grouped(self.first(input)).relu())
-
-
-@pytest.mark.parametrize("init", ["zero", "split"])
-def test_groups_are_born_whole(init):
-    net = integral(Grouped())
-    poison(*net.children())
-    input = batch(3, 2, 4, 4)
-    before = net(input)
-    net.dim.grow(10, init=init)
-    tolerance = 0 if init == "zero" else 1e-12
-    torch.testing.assert_close(net(input), before, rtol=tolerance, atol=tolerance)
-
-
-def test_groups_are_pruned_whole():
-    net = integral(Grouped())
-    input = batch(3, 2, 4, 4)
-    refused(
-        net,
-        lambda: net.dim.keep([0, 1, 2, 5]),
-        ee.CapacityError,
-        r"'channels': keep: ElasticConv2d computes the units in groups of 2: expected all or none of units 2 to 3, got 2 alone",
-    )
-    twin = copy.deepcopy(net)
-    with torch.no_grad():
-        twin.last.weight[:, 2:4] = 0
-    net.dim.keep([0, 1, 4, 5])
-    assert torch.equal(net(input), twin(input))
-
-
-def test_a_dim_of_groups_moves_all_channels_of_a_group():
-    grouped = ee.ElasticConv2d(6, 9, 1, groups=3, max_in_channels=12, dtype=torch.float64)
-    first = ee.ElasticConv2d(2, 6, 1, out_dim=grouped.in_dim, dtype=torch.float64)
-    last = ee.ElasticConv2d(9, 4, 1, in_dim=grouped.out_dim, dtype=torch.float64)
-    integral(first, grouped, last)
-    poison(first, grouped, last)
-    (groups,) = grouped.in_dim.dims
-    input = batch(3, 2, 4, 4)
-    before = last(grouped(first(input)).relu())
-    groups.grow(4)
-    assert torch.equal(last(grouped(first(input)).relu()), before)
-    groups.grow(6, init="split")
-    torch.testing.assert_close(last(grouped(first(input)).relu()), before, rtol=1e-12, atol=1e-12)
-    groups.keep([0, 2])
-    assert grouped.weight.shape == (18, 2, 1, 1)
-    assert last(grouped(first(input)).relu()).isfinite().all()
-
-
-# Optimizers
-
-
-class FollowingSGD(torch.optim.SGD):
-    """Momentum that follows its units, by the plainest means."""
-
-    def __init__(self, params):
-        super().__init__(params, lr=0.1, momentum=0.9)
-        followers.follow(self)
-
-    def permute_state(self, param, axis, order):
-        assert order.tolist() != list(range(param.shape[axis]))
-        assert sorted(order.tolist()) == list(range(param.shape[axis]))
-        momentum = self.state[param]["momentum_buffer"]
-        momentum.copy_(momentum.index_select(axis, order))
-
-    def reset_state(self, param, axis, start, stop):
-        self.state[param]["momentum_buffer"].narrow(axis, start, stop - start).zero_()
-
-
-@pytest.mark.parametrize("verb", ["keep", "zero", "split"])
-def test_optimizer_state_follows_its_units(verb):
-    """The state is that of a twin whose momentum is the weights themselves, whatever moves."""
-    first = ee.ElasticLinear(3, 4, max_out_features=7, max_in_features=4)
-    d, e = first.out_dim, ee.ElasticDim(2, 3)
-    axis = ee.concat(d * 2, e, d, d)
-    last = ee.ElasticLinear(axis.active, 2, in_dim=axis, max_out_features=3)
-    optimizer = FollowingSGD([*first.parameters(), *last.parameters()])
-    for parameter in (first.weight, first.bias, last.weight):
-        optimizer.state[parameter]["momentum_buffer"] = parameter.detach().clone()
-    if verb == "keep":
-        d.keep([3, 1])
-        for parameter in (first.weight, first.bias, last.weight):
-            assert torch.equal(optimizer.state[parameter]["momentum_buffer"], parameter)
-    else:
-        before = {p: optimizer.state[p]["momentum_buffer"].clone() for p in (first.weight, first.bias, last.weight)}
-        d.grow(6, init=verb)
-        columns = torch.tensor([8, 9, 10, 11, 21, 22, 28, 29])  # 4 and 5 of: d * 2 at 0, d at 17, d at 24
-        for parameter, index in ((first.weight, 0), (first.bias, 0), (last.weight, 1)):
-            newborn = torch.tensor([4, 5]) if parameter is not last.weight else columns
-            expected = before[parameter].index_fill(index, newborn, 0)
-            assert torch.equal(optimizer.state[parameter]["momentum_buffer"], expected)
-
-
-def test_a_follower_without_state_is_left_alone():
-    net = Net()
-    optimizer = FollowingSGD(net.parameters())
-    net.hidden.grow(6)
-    net.hidden.keep([0, 5])
-    assert not optimizer.state

@@ -30,7 +30,7 @@ ORDER = (
     {"checkpoint"},
     {"training"},
     {PACKAGE},
-    {"integrations"},
+    {"integrations", "datasets"},
     {"demo"},
     {"cli"},
 )

@@ -121,6 +121,63 @@ def test_taylor_leaves_out_consumers_that_are_switched_off():
         importance.taylor(net.hidden)
 
 
+class Normed(nn.Module):
+    """conv -> batch norm -> depthwise -> batch norm -> flatten -> linear, dormant memory full of NaN."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = ee.ElasticConv2d(2, 4, 3, padding=1, max_out_channels=6)
+        dim = self.conv.out_dim
+        self.norm = ee.ElasticBatchNorm2d(4, dim=dim)
+        self.depthwise = ee.ElasticConv2d(4, 4, 3, padding=1, groups=4, in_dim=dim)
+        self.other = ee.ElasticBatchNorm2d(4, dim=dim)
+        self.last = ee.ElasticLinear(36, 2, in_dim=dim * 9)
+        self.dim = dim
+        with torch.no_grad():
+            for norm in (self.norm, self.other):
+                norm.weight.uniform_(-2, 2)
+                norm.weight[4:] = torch.nan
+            self.conv.weight[4:] = self.depthwise.weight[4:] = torch.nan
+            self.last.weight[:, 36:] = torch.nan
+
+    def features(self, input):
+        return self.other(self.depthwise(self.norm(self.conv(input)).relu())).sigmoid()
+
+    def forward(self, input):
+        return self.last(self.features(input).flatten(1))
+
+
+def test_batch_norm_scale_sums_absolute_scales():
+    net = Normed()
+    expected = (net.norm.weight.abs() + net.other.weight.abs())[:4].detach()
+    torch.testing.assert_close(importance.batch_norm_scale(net.dim), expected)
+
+
+def test_batch_norm_scale_of_a_flattened_axis_sums_over_the_places_of_a_unit():
+    conv = ee.ElasticConv2d(2, 4, 3, max_out_channels=6)
+    norm = ee.ElasticBatchNorm1d(12, dim=conv.out_dim * 3)
+    with torch.no_grad():
+        norm.weight.uniform_(-2, 2)
+    torch.testing.assert_close(importance.batch_norm_scale(conv.out_dim), norm.weight[:12].abs().view(4, 3).sum(1).detach())
+
+
+def test_magnitude_of_channels_counts_the_whole_kernel():
+    net = Normed()
+    rows = torch.cat([net.conv.weight[:4].flatten(1), net.depthwise.weight[:4].flatten(1)], 1)
+    torch.testing.assert_close(importance.magnitude(net.dim), rows.norm(dim=1).detach())
+
+
+def test_taylor_of_normed_channels_is_the_derivative_by_a_gate_on_what_is_consumed():
+    """The weights before a batch norm would all score zero, since the norm undoes their scale."""
+    net = Normed()
+    input = torch.randn(8, 2, 3, 3)
+    gate = torch.ones(4, 1, 1, requires_grad=True)
+    net.last((net.features(input) * gate).flatten(1)).square().mean().backward()
+    torch.testing.assert_close(importance.taylor(net.dim), gate.grad.flatten().abs())
+    assert importance.taylor(net.dim).min() > 1e-4
+
+
 def test_scores_are_at_least_single_precision():
     net = Net().to(torch.bfloat16)
     assert importance.magnitude(net.hidden).dtype is torch.float32

@@ -53,7 +53,7 @@ def test_several_widths_are_one_commit(model: nn.Sequential) -> None:
 @pytest.mark.parametrize(
     ("widths", "message"),
     [
-        ({"1.branch.module.0": 1, "0": 3}, r"ElasticDim '0': cannot activate 3 units: expected a multiple of 2. The nearest are 2 and 4"),
+        ({"1.branch.module.0": 1, "0": 3}, r"ElasticDim '0': cannot activate 3 units: expected a multiple of 2. The nearest: 2 and 4"),
         ({"1.branch.module.0": 1, "0": 18}, r"ElasticDim '0': cannot activate 18 units: capacity is 16"),
         ({"1.branch.module.0": 1, "0": 0}, r"ElasticDim '0': cannot activate 0 units: minimum is 1"),
         ({"1.branch.module.0": 1, "0": 4.0}, r"ElasticDim '0': width: expected an integer, got 4.0 of type float"),

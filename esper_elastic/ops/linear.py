@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import LayoutError
 from . import reference
 from .backend import LIBRARY_MISSING
 from .widths import Widths
@@ -28,6 +29,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, widths: Widths) -
     rows, columns = widths.axes
     width = None if widths.static else rows.active
     expected = columns.capacity if width is None else columns.active
+    if not input.dim():
+        raise LayoutError(f"{widths.label}: input: expected at least one axis, the features, got a single number. Unsqueeze it.")
     if input.shape[-1] != expected:
         raise widths.refuse("input features", input.shape[-1], 1)
     if not widths.compiled_ops_serve():

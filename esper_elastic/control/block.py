@@ -1,11 +1,8 @@
-"""Widths as data: the control block, the dims and switches that live in it, and nothing else that may write them.
+"""The control block and what lives in it: slots, commits, generations, and nothing else that may write them.
 
-A :class:`ControlBlock` is one int32 vector on the host, with one replica per device. An :class:`ElasticDim` or :class:`Switch` owns a
-slot of it. A *commit* publishes staged values in one write, raises the generation and bumps the version of every copy, so that the backward
-of a graph built before it raises instead of computing something else.
-
-This file knows tensors only by the axes that layers report. It neither initialises nor moves weights: ``grow`` and ``keep`` are
-installed by :mod:`esper_elastic.growth`.
+A :class:`ControlBlock` is one int32 vector on the host, with one replica per device. Each :class:`Entry`, a dim or a :class:`Switch`, owns
+a slot of it. A *commit* publishes staged values in one write, raises the generation and bumps the version of every copy, so that the
+backward of a graph built before it raises instead of computing something else.
 """
 
 from __future__ import annotations
@@ -17,17 +14,18 @@ import operator
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .errors import CapacityError, OwnerError
+from ..errors import CapacityError, OwnerError
 
-Runs = list[tuple[int, int]]
+if TYPE_CHECKING:
+    from .dims import Axis
 
 
 class User(Protocol):
@@ -38,29 +36,6 @@ class User(Protocol):
 
     def bind_control(self) -> None:
         """Fetch the control tensor and the slots again, after they moved."""
-
-
-class Binding(NamedTuple):
-    """One tensor axis that a dim runs through.
-
-    Index ``i`` of the axis, counted from ``start``, is active iff ``(i // inner) % capacity < active``; there are ``outer`` periods.
-    """
-
-    tensor: Tensor
-    axis: int
-    outer: int
-    inner: int
-    start: int
-    layer: Any
-    name: str
-
-
-class Segment(NamedTuple):
-    """A dim's place in an axis: ``dim.capacity * inner`` indices from ``start`` on, the first ``dim.active * inner`` of them active."""
-
-    dim: ElasticDim
-    start: int
-    inner: int
 
 
 class ControlBlock:
@@ -76,7 +51,7 @@ class ControlBlock:
         self.generation = 0
         self.owner = threading.get_ident()
         self._used = 0
-        self._entries: dict[int, weakref.ref[_Entry]] = {}
+        self._entries: dict[int, weakref.ref[Entry]] = {}
         self._free: list[int] = []
         self._allocate(self._SLACK)
         self._superseded: list[Tensor] = []
@@ -98,7 +73,7 @@ class ControlBlock:
                 replica = self._replicas[device] = self._host.to(device)
         return replica
 
-    def entries(self) -> list[_Entry]:
+    def entries(self) -> list[Entry]:
         """Every live dim and switch of the block, in slot order."""
         found = [entry for entry in (reference() for reference in self._entries.values()) if entry is not None]
         return sorted(found, key=lambda entry: entry.slot)
@@ -137,7 +112,7 @@ class ControlBlock:
             prepare()
         self.commit(batch.values.items(), moved=bool(batch.prepares))
 
-    def stage(self, entry: _Entry, value: int, prepare: Callable[[], None] | None = None) -> None:
+    def stage(self, entry: Entry, value: int, prepare: Callable[[], None] | None = None) -> None:
         """Publish one valid value now, or with the open batch. ``prepare`` moves the data that the new value needs, just before."""
         if self._batch is not None:
             self._require_owner()
@@ -150,7 +125,7 @@ class ControlBlock:
             prepare()
         self.commit(((entry, value),))
 
-    def stage_all(self, changes: Iterable[tuple[_Entry, int]]) -> None:
+    def stage_all(self, changes: Iterable[tuple[Entry, int]]) -> None:
         """:meth:`stage` for several entries at once."""
         if self._batch is not None:
             self._require_owner()
@@ -158,7 +133,7 @@ class ControlBlock:
         else:
             self.commit(changes)
 
-    def commit(self, changes: Iterable[tuple[_Entry, int]], moved: bool = False) -> None:
+    def commit(self, changes: Iterable[tuple[Entry, int]], moved: bool = False) -> None:
         """Publish valid values in one write: host mirror, versions, generation, device replicas. Nothing happens where nothing changes.
 
         Args:
@@ -253,7 +228,7 @@ class ControlBlock:
             user.bind_control()
         return target
 
-    def _place(self, entry: _Entry) -> int:
+    def _place(self, entry: Entry) -> int:
         """Give ``entry`` a slot and write its value there."""
         if self._used == self._host.numel() and not self._free:
             self._reallocate()
@@ -294,16 +269,16 @@ class ControlBlock:
         self._host[: len(values)] = torch.tensor(values, dtype=torch.int32, device="cpu")
         self._used = len(values)
 
-    def _register(self, entry: _Entry) -> None:
+    def _register(self, entry: Entry) -> None:
         self._entries[entry.slot] = weakref.ref(entry)
 
 
 class _Batch(NamedTuple):
-    values: dict[_Entry, int]
+    values: dict[Entry, int]
     prepares: list[Callable[[], None]]
 
 
-class _Entry:
+class Entry:
     """One int of a control block: its slot, its mirrored value, and the layers that read it."""
 
     name: str | None
@@ -350,208 +325,7 @@ class _Entry:
         self.block._register(self)
 
 
-class Axis:
-    """A tensor axis whose width is data: one dim, a multiple of one, or several dims side by side.
-
-    ``active`` and ``capacity`` count indices of the axis, ``segments`` say which dims they belong to.
-    """
-
-    @property
-    def active(self) -> int:
-        return sum(segment.dim.active * segment.inner for segment in self.segments)
-
-    @property
-    def capacity(self) -> int:
-        return sum(segment.dim.capacity * segment.inner for segment in self.segments)
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        raise NotImplementedError
-
-    @property
-    def dims(self) -> list[ElasticDim]:
-        """The root dims of the axis, each once, in order."""
-        return list({id(segment.dim): segment.dim for segment in self.segments}.values())
-
-    def runs(self) -> Runs:
-        """The active indices as ``(start, length)`` pairs, in order, adjacent ones joined."""
-        runs: Runs = []
-        for segment in self.segments:
-            length = segment.dim.active * segment.inner
-            if runs and sum(runs[-1]) == segment.start:
-                runs[-1] = (runs[-1][0], runs[-1][1] + length)
-            else:
-                runs.append((segment.start, length))
-        return runs
-
-    def __mul__(self, factor: int) -> Axis:
-        """The axis in which every unit of this one takes ``factor`` neighbouring indices, as a flatten after a convolution does."""
-        factor = exact_int(factor, "Axis", "factor")
-        if factor < 1:
-            raise CapacityError(f"Axis: cannot take {factor} indices per unit: expected at least 1.")
-        return DerivedAxis(tuple(Segment(s.dim, s.start * factor, s.inner * factor) for s in self.segments))
-
-    __rmul__ = __mul__
-
-
-class DerivedAxis(Axis):
-    """An axis computed from dims: ``dim * k`` or ``concat(...)``. It follows them and cannot be set itself."""
-
-    def __init__(self, segments: tuple[Segment, ...]) -> None:
-        self._segments = segments
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        return self._segments
-
-    def __repr__(self) -> str:
-        parts = ", ".join(f"{segment.dim.label} * {segment.inner} at {segment.start}" for segment in self.segments)
-        return f"DerivedAxis(active={self.active}, capacity={self.capacity}: {parts})"
-
-
-def concat(*axes: Axis) -> Axis:
-    """The axis that holds ``axes`` side by side, each at its capacity offset, as ``torch.cat`` along channels does."""
-    segments: list[Segment] = []
-    start = 0
-    for axis in axes:
-        segments += [Segment(s.dim, start + s.start, s.inner) for s in axis.segments]
-        start += axis.capacity
-    if not segments:
-        raise CapacityError("concat: expected at least one dim, got none.")
-    return DerivedAxis(tuple(segments))
-
-
-class ElasticDim(_Entry, Axis):
-    """One size, shared by every tensor axis that it runs through: like ``torch.export.Dim``, but alive.
-
-    Args:
-        active: units in use, from the start of each axis.
-        capacity: units allocated; defaults to ``active``, and is exactly what was asked.
-        minimum: the smallest width that :meth:`resize` takes.
-        multiple_of: every width is a multiple of it.
-        name: how messages call the dim.
-
-    Raises:
-        CapacityError: ``active`` is not a multiple between minimum and capacity.
-    """
-
-    def __init__(
-        self, active: int, capacity: int | None = None, *, minimum: int = 1, multiple_of: int = 1, name: str | None = None
-    ) -> None:
-        where = f"ElasticDim {name!r}" if name else "ElasticDim"
-        active = exact_int(active, where, "active")
-        self._capacity = active if capacity is None else exact_int(capacity, where, "capacity")
-        self.minimum = exact_int(minimum, where, "minimum")
-        self.multiple_of = exact_int(multiple_of, where, "multiple_of")
-        if self.multiple_of < 1 or self.minimum < 1:
-            raise CapacityError(f"{where}: minimum and multiple_of: expected at least 1, got {self.minimum} and {self.multiple_of}.")
-        self.name = name
-        super().__init__(self.admit(active), name)
-
-    def __repr__(self) -> str:
-        return f"{self.label}(active={self.active}, capacity={self.capacity})"
-
-    @property
-    def active(self) -> int:
-        """Units in use."""
-        return self._value
-
-    @property
-    def capacity(self) -> int:
-        """Units allocated."""
-        return self._capacity
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        return (Segment(self, 0, 1),)
-
-    def runs(self) -> Runs:
-        return [(0, self._value)]
-
-    @property
-    def bindings(self) -> list[Binding]:
-        """Every tensor axis that the dim runs through."""
-        found = []
-        for layer in self.users():
-            for name, axes in layer.tensor_axes().items():
-                tensor = getattr(layer, name)
-                if tensor is None:
-                    continue
-                for index, axis in enumerate(axes):
-                    if axis is not None:
-                        found += [Binding(tensor, index, outer, inner, start, layer, name) for outer, inner, start in _periods(axis, self)]
-        return found
-
-    def admit(self, n: int) -> int:
-        """Check a width against minimum, capacity and multiple.
-
-        Raises:
-            CapacityError: with what was expected, and the remedy.
-        """
-        if type(n) is not int:
-            n = exact_int(n, self.label, "width")
-        if n > self._capacity:
-            raise CapacityError(
-                f"{self.label}: cannot activate {n} units: capacity is {self._capacity}. "
-                "Rebuild the layer with a larger max_* size, or choose a width up to the capacity."
-            )
-        if n < self.minimum:
-            raise CapacityError(
-                f"{self.label}: cannot activate {n} units: minimum is {self.minimum}. To switch a layer off, put it in an ElasticBlock."
-            )
-        if n % self.multiple_of:
-            step = self.multiple_of
-            near = [width for width in (n - n % step, n - n % step + step) if self.minimum <= width <= self._capacity]
-            hint = f"The nearest: {' and '.join(map(str, near))}." if near else "No width of this dim is one: build it with other bounds."
-            raise CapacityError(f"{self.label}: cannot activate {n} units: expected a multiple of {step}. {hint}")
-        return n
-
-    def resize(self, n: int) -> None:
-        """Activate the first ``n`` units, everywhere at once: pure metadata. Units that slept return as they were.
-
-        Effects: one commit, unless ``n`` is the present width. No weight, gradient or optimizer state is read or written.
-
-        Raises:
-            CapacityError: ``n`` is beyond capacity, below minimum or not a multiple; nothing has changed.
-            OwnerError: the calling thread does not own the control block; nothing has changed.
-        """
-        self.block.stage(self, self.admit(n))
-
-    def grow(self, n: int, init: str = "zero", exact: bool = True) -> None:
-        """Give birth to the units from ``active`` up to ``n``: re-initialise them so that the function does not change, then activate them.
-
-        Args:
-            n: the new width, at least the present one.
-            init: ``"zero"``: random producers, zero consumer columns. ``"split"``: copies of existing units whose outgoing weights are
-                divided in unequal shares (Net2Net), so that they part ways in training.
-            exact: raise where the function cannot be kept, as for a dim that a LayerNorm runs over.
-
-        Effects: writes weights, gradients and optimizer state of the newborn units, over the full capacity of crossing axes; one commit.
-
-        Raises:
-            CapacityError: the width is invalid, or the function cannot be kept and ``exact`` holds; nothing has changed.
-            OptimizerError: an unguarded optimizer holds state for the parameters; nothing has changed.
-
-        Source: Chen, Goodfellow, Shlens: Net2Net (ICLR 2016), for ``"split"``.
-        """
-        _verb("grow")(self, n, init=init, exact=exact)
-
-    def keep(self, indices: Sequence[int] | Tensor) -> None:
-        """Keep the chosen units and put the others to sleep behind them, in order, through every binding and optimizer state.
-
-        Args:
-            indices: distinct active units, in any order; they come to the front in ascending order. A later ``resize`` wakes the others.
-
-        Effects: permutes weights, buffers, gradients and optimizer state over the full capacity of every crossing axis; one commit.
-
-        Raises:
-            CapacityError: an index is repeated, asleep or no integer, or their number is no valid width; nothing has changed.
-            OptimizerError: an unguarded optimizer holds state for the parameters; nothing has changed.
-        """
-        _verb("keep")(self, indices)
-
-
-class Switch(_Entry):
+class Switch(Entry):
     """A block's on/off flag in the control block."""
 
     def __init__(self, on: bool = True, *, name: str | None = None) -> None:
@@ -581,30 +355,3 @@ def exact_int(value: Any, where: str, what: str) -> int:
         except TypeError:
             pass
     raise CapacityError(f"{where}: {what}: expected an integer, got {value!r} of type {type(value).__name__}.")
-
-
-def _periods(axis: Axis, dim: ElasticDim) -> list[tuple[int, int, int]]:
-    """The places of ``dim`` in ``axis`` as ``(outer, inner, start)``; equal neighbouring segments are one place with several periods."""
-    places: list[tuple[int, int, int]] = []
-    for segment in axis.segments:
-        if segment.dim is not dim:
-            continue
-        if places:
-            outer, inner, start = places[-1]
-            if inner == segment.inner and start + outer * dim.capacity * inner == segment.start:
-                places[-1] = (outer + 1, inner, start)
-                continue
-        places.append((1, segment.inner, segment.start))
-    return places
-
-
-_verbs: dict[str, Callable[..., None]] = {}
-
-
-def install_verb(name: str, function: Callable[..., None]) -> None:
-    """Let :class:`ElasticDim` offer a verb that moves data, which this file does not know how to do."""
-    _verbs[name] = function
-
-
-def _verb(name: str) -> Callable[..., None]:
-    return _verbs[name]
