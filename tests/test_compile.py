@@ -126,7 +126,7 @@ def test_static_does_not_warn() -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("batch", [3, 5])
+@pytest.mark.parametrize("batch", [2, 3, 5])
 def test_batch_size_stays_dynamic(batch: int) -> None:
     model = mlp((6, 6), (4, 9), (5, 5))
     ee.set_layout(model, "static")
