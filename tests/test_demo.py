@@ -264,8 +264,11 @@ def test_the_job_leaves_picture_numbers_and_plain_checkpoint(finished: tuple[lis
     assert "mean of 2 seeds" in numbers["verdict"].lower()
     plain = network.plain_network(train.LARGE._replace(**train.PRUNED))
     plain.load_state_dict(torch.load(out / "exported.pt", weights_only=True))
-    logits = outputs(plain, torch.zeros(1, 1, 28, 28))
-    assert torch.equal(logits, outputs(ee.export(results[-1].grown.network), torch.zeros(1, 1, 28, 28)))
+    exported = ee.export(results[-1].grown.network)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, exported.state_dict()[name]), name
+    image = torch.zeros(1, 1, 28, 28)
+    torch.testing.assert_close(outputs(plain, image), outputs(exported, image))  # memory formats differ, and with them the order of sums
 
 
 def test_a_terminal_shows_a_table_and_a_pipe_plain_lines() -> None:
