@@ -218,7 +218,7 @@ def test_pruning_keeps_the_best_units_and_puts_the_best_of_them_first(dial: capa
     assert dial.widths.stage1 == 4
     # a quarter of 4 is unit 1, half adds unit 3, three quarters unit 5, all of them unit 7
     assert torch.equal(dial.network.stage1.conv.weight[:4], kernels[[1, 3, 5, 7]])
-    assert dial.events[-1].what == "stage1 8->4"
+    assert dial.events[-1].what == "stage1 8->4, all dims put in order"
 
 
 def test_narrow_passes_leave_the_widths_as_they_were(dial: capacity.Dial) -> None:

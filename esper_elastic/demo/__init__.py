@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ def run(options: Options, data: ImageData | None = None) -> list[SeedResult]:
     from . import picture, report
 
     began = time.perf_counter()
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=140)  # a pipe has no width, and 80 columns cut the tables
     data = data or load()
     device = torch.device(options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     images = Images(data, device)

@@ -106,7 +106,7 @@ class Dial:
     def prune(self, step: int, targets: Mapping[str, int]) -> None:
         """Keep the units with the highest scores, and order all dims so that narrower widths are made of the best units too."""
         before = self.widths._asdict()
-        what = " ".join(f"{part} {before[part]}->{target}" for part, target in targets.items())
+        what = " ".join(f"{part} {before[part]}->{target}" for part, target in targets.items()) + ", all dims put in order"
         with self._timed(step, "prune", what, f"lowest Taylor scores over {self._num_scored} steps"):
             for part, dim in self.dims.items():
                 _keep_best(dim, self._scores[part], targets.get(part, dim.active))

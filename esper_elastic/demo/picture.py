@@ -66,7 +66,8 @@ def draw(path: Path, grown: Run, small: Run, large: Run, *, data_name: str, step
 
 def _draw_accuracy(axes: Axes, runs: Sequence[tuple[Run, str, float]], steps: int) -> None:
     floor = min(percent for run, _, _ in runs for step, percent in run.curve if step >= min(0.2 * steps, run.curve[-1][0]))
-    axes.set_ylim(max(0.0, floor - 2), max(run.final_accuracy for run, _, _ in runs) + 1)
+    ceiling = max(percent for run, _, _ in runs for percent in (run.final_accuracy, *(percent for _, percent in run.curve)))
+    axes.set_ylim(max(0.0, floor - 2), ceiling + 1)
     for run, colour, width in runs:
         axes.plot(*zip(*run.curve, strict=True), color=colour, linewidth=width, marker="o", markersize=width + 1.2, clip_on=True)
     _label_ends(axes, [(run.final_accuracy, f"{run.label}\n{run.final_accuracy:.1f} %", colour) for run, colour, _ in runs], steps)
