@@ -221,14 +221,12 @@ def test_pruning_keeps_the_best_units_and_puts_the_best_of_them_first(dial: capa
     assert dial.events[-1].what == "stage1 8->4, all dims put in order"
 
 
-def test_narrow_passes_leave_the_widths_as_they_were(dial: capacity.Dial) -> None:
+def test_narrow_widths_are_left_again_and_leave_the_widths_as_they_were(dial: capacity.Dial) -> None:
     with dial.narrowed(0.5):
         assert dial.widths == (1, 2, 2, 3, False)
     with pytest.raises(KeyError, match="stop"), dial.narrowed(0.25):
         raise KeyError("stop")
     assert dial.widths == START
-    dial.sum_up_narrow_passes(9)
-    assert dial.events[-1].reason.startswith("2 passes at 0.25/0.5/0.75 of the widths")
 
 
 # The whole job
@@ -246,7 +244,7 @@ def finished(stripes: ImageData, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 def test_the_job_makes_every_change_it_promises(finished: tuple[list, Path]) -> None:
     for result in finished[0]:
-        assert [event.kind for event in result.grown.events] == ["grow", "grow", "switch", "refused", "prune", "narrow"]
+        assert [event.kind for event in result.grown.events] == ["grow", "grow", "switch", "refused", "prune"]
         assert result.grown.events[-1].widths == train.LARGE._replace(**train.PRUNED)
 
 

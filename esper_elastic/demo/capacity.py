@@ -23,7 +23,7 @@ from .network import Network, Widths, start_block_at_zero
 
 NARROW_SHARES = (0.75, 0.5, 0.25)
 _PARTS = {"stem": "stem.", "stage1": "stage1.", "stage2": "stage2.", "inner": "block."}
-Kind = Literal["grow", "switch", "prune", "refused", "narrow"]
+Kind = Literal["grow", "switch", "prune", "refused"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ class Dial:
         self._names = {part: next(name for name in found if name.startswith(prefix)) for part, prefix in _PARTS.items()}
         self.dims = {part: found[name] for part, name in self._names.items()}
         self.events: list[Event] = []
-        self._narrow_microseconds: list[float] = []
         self._scores: dict[str, Tensor] = {}
         self._num_scored = 0
 
@@ -116,23 +115,11 @@ class Dial:
         """Run at ``share`` of the present widths; they are back at the end, whatever happens."""
         now = {self._names[part]: dim.active for part, dim in self.dims.items()}
         narrow = {name: narrow_width(width, share) for name, width in now.items()}
-        start = time.perf_counter()
         ee.resize(self.network, narrow)
-        self._narrow_microseconds.append((time.perf_counter() - start) * 1e6)
         try:
             yield
         finally:
             ee.resize(self.network, now)
-
-    def sum_up_narrow_passes(self, step: int) -> None:
-        """One event for all the narrow passes of the training, with the median cost of their resize."""
-        costs = sorted(self._narrow_microseconds)
-        if costs:
-            shares = "/".join(f"{share:g}" for share in sorted(NARROW_SHARES))
-            reason = f"{len(costs)} passes at {shares} of the widths, so that they work too; median"
-            self.events.append(
-                Event(step, "narrow", f"all {len(self.dims)} dims, there and back", reason, costs[len(costs) // 2], self.widths)
-            )
 
     @contextmanager
     def _timed(self, step: int, kind: Kind, what: str, reason: str) -> Iterator[None]:

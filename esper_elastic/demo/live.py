@@ -17,7 +17,7 @@ from .capacity import Event
 from .network import Widths
 from .train import Watcher
 
-_STYLES = {"grow": "green", "switch": "cyan", "prune": "yellow", "refused": "red", "narrow": "magenta"}
+_STYLES = {"grow": "green", "switch": "cyan", "prune": "yellow", "refused": "red"}
 _HEADINGS = ("step", "accuracy", "widths", "event", "reason", "cost")
 
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import cycle
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import esper_elastic as ee
 
-from .capacity import NARROW_SHARES, Dial, Event
+from .capacity import Dial, Event
 from .data import Images, accuracy
 from .network import Network, Widths, elastic_network, placed, plain_network
 from .plateau import Planned, PlateauDetector, Schedule
@@ -27,7 +25,7 @@ SMALL = Widths(stem=6, stage1=8, stage2=16, inner=32, block=False)
 LARGE = Widths(stem=12, stage1=24, stage2=48, inner=32, block=True)
 EARLY_GROWTH = {"stage1": 16, "stage2": 32}
 LATE_GROWTH = {"stem": 12, "stage1": 24, "stage2": 48}
-PRUNED = {"inner": 24}
+PRUNED = {"inner": 28}
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,6 @@ def train_grown(label: str, images: Images, settings: Settings, seed: int, watch
     run, dial = Run(label, network), Dial(network)
     run.events = dial.events
     plan = Plan(dial, settings.steps)
-    shares = cycle(NARROW_SHARES)
     for step, batch, labels in _steps(run, optimizer, images, settings, seed):
         num_events = len(run.events)
         plan.before(step)
@@ -98,20 +95,14 @@ def train_grown(label: str, images: Images, settings: Settings, seed: int, watch
             watch(step, percent, event.widths, event)
         widths = dial.widths
         optimizer.zero_grad()
-        logits = network(batch)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(network(batch), labels)
         loss.backward()
         run.multiply_adds += _training_multiply_adds(widths, len(labels))
         if plan.scores(step):
             dial.score()
-        if plan.narrow(step):
-            with dial.narrowed(next(shares)), _frozen_statistics(network):
-                F.cross_entropy(network(batch), logits.detach().softmax(1)).backward()
-                run.multiply_adds += _training_multiply_adds(dial.widths, len(labels))
         optimizer.step()
         plan.after(loss.item())
         _record(run, step, widths, images, settings, watch)
-    dial.sum_up_narrow_passes(settings.steps)
     run.final_accuracy = accuracy(network, images)
     return run, dial
 
@@ -123,7 +114,6 @@ class Plan:
         self._dial = dial
         self._illegal = round(0.30 * steps)
         self._prune = round(0.70 * steps)
-        self._narrow = round(0.85 * steps)
         self._scored_steps = max(1, round(0.04 * steps))
         window = max(2, round(0.011 * steps))
         changes: list[Callable[[int, str], None]] = [
@@ -148,10 +138,6 @@ class Plan:
     def scores(self, step: int) -> bool:
         """Whether the gradients of ``step`` count for the choice of what to prune."""
         return self._prune - self._scored_steps <= step < self._prune
-
-    def narrow(self, step: int) -> bool:
-        """Whether ``step`` has a second pass at a narrower width."""
-        return step >= self._narrow and step % 3 == 0
 
     def after(self, loss: float) -> None:
         """Take in the loss of the step just made."""
@@ -188,17 +174,3 @@ def _record(run: Run, step: int, widths: Widths, images: Images, settings: Setti
 def _training_multiply_adds(widths: Widths, batch_size: int) -> int:
     """A backward pass does about twice the work of the forward pass: once for the inputs' gradients, once for the weights'."""
     return 3 * batch_size * widths.multiply_adds()
-
-
-@contextmanager
-def _frozen_statistics(network: nn.Module) -> Iterator[None]:
-    """Normalise by the batch, but leave the running statistics to the full width."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
