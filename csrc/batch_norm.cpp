@@ -2,7 +2,8 @@
 // batch in `batch_norm`, the running ones in `batch_norm_eval`.
 //
 // ATen normalises a contiguous tensor of active features, which in compact layout is the activation itself; in static layout they are gathered
-// first and put in place afterwards (measured: its kernels for strided input take up to four times as long as both copies). The
+// first and put in place afterwards (measured: for flat and channels_last input that is four times as fast as its kernels for strided input,
+// for other images 1.3 times). The
 // statistics that backward needs lie as the activation does, packed or at capacity offsets.
 
 #include "widths.h"
