@@ -28,7 +28,6 @@ def test_adamw_step(benchmark: Any, rows: int, columns: int, most: float) -> Non
             theirs.step()
         torch.testing.assert_close(layer.active("weight"), dense[:rows, :columns])
 
-    # In runs of ten. Alternating every single step, torch's step at capacity empties the caches for ours: one side at 1/16 then takes 0.19,
-    # where torch's fused AdamW on a contiguous tensor of exactly that size takes 0.14.
+    # In runs of ten: alternating every single step, torch's step at capacity would empty the caches for ours, which no training does.
     value = ratio(benchmark, ours.step, theirs.step, check, rounds=31, calls=10)
     bar(f"`ee.optim.AdamW`, {rows} x {columns} active of 2048 x 2048, over torch's fused AdamW at capacity", value, "x", at_most=most)
