@@ -28,6 +28,6 @@ def test_adamw_step(benchmark: Any, rows: int, columns: int, most: float) -> Non
             theirs.step()
         torch.testing.assert_close(layer.active("weight"), dense[:rows, :columns])
 
-    # In runs of ten: alternating every single step, torch's step at capacity would empty the caches for ours, which no training does.
+    # In runs of ten, so that each side finds its own data in the caches; alternating single steps, ours starts cold.
     value = ratio(benchmark, ours.step, theirs.step, check, rounds=31, calls=10)
     bar(f"`ee.optim.AdamW`, {rows} x {columns} active of 2048 x 2048, over torch's fused AdamW at capacity", value, "x", at_most=most)
