@@ -1,11 +1,15 @@
 """Settings for every test: one thread, so that the suite runs beside itself, and one order of float operations."""
 
+import importlib.util
 import os
 
 import torch
+from interpreter import round_as_hardware_does
 
 torch.set_num_threads(1)
 
 # Without a GPU, Triton's kernels run in its interpreter, which has to be said before they are defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is not None:
+        round_as_hardware_does()

@@ -32,6 +32,8 @@ from esper_elastic.ops import widths as widths_module
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 LAYOUTS = ("compact", "static")
 needs_library = pytest.mark.skipif(backends.LIBRARY_MISSING is not None, reason=f"no compiled library: {backends.LIBRARY_MISSING}")
+NO_KERNELS = backends.triton_missing(torch.device("cpu"))
+needs_kernels = pytest.mark.skipif(NO_KERNELS is not None, reason=f"Triton: {NO_KERNELS}")
 STALE = "widths or switches changed after the forward that built the graph"
 
 
@@ -189,6 +191,7 @@ class Contract(ABC):
         leaving: which of them the output's units run over.
         unit: the axis of the activations that units lie on.
         dtypes: those that the layer serves.
+        has_kernels: whether Triton serves the layer.
     """
 
     num_axes = 2
@@ -196,6 +199,7 @@ class Contract(ABC):
     leaving = 0
     unit = -1
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    has_kernels = False
 
     @abstractmethod
     def make(self, *axes: Axis, **factory: Any) -> nn.Module:
@@ -225,11 +229,20 @@ class Contract(ABC):
         yield (NARROW,) * cls.num_axes
         yield (MANY,) * cls.num_axes
 
+    @classmethod
+    def backend_cases(cls) -> Iterator[Any]:
+        """Which backends to test in which layouts."""
+        for layout in LAYOUTS:
+            yield pytest.param("reference", layout)
+            yield pytest.param("native", layout, marks=needs_library)
+        if cls.has_kernels:
+            yield pytest.param("triton", "static", marks=needs_kernels)
+
     # Set-up
 
-    @pytest.fixture(params=("reference", pytest.param("native", marks=needs_library)))
+    @pytest.fixture
     def backend(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-        monkeypatch.setattr(widths_module, "native_serves", lambda device, static: request.param == "native")
+        monkeypatch.setattr(widths_module, "choose", lambda device, static: request.param)
         return request.param
 
     @pytest.fixture(autouse=True)
@@ -241,7 +254,9 @@ class Contract(ABC):
             if argument in metafunc.fixturenames:
                 found = list(cases())
                 metafunc.parametrize(argument, found, ids=["-".join(case.id for case in combination) for combination in found])
-        if "layout" in metafunc.fixturenames:
+        if "backend" in metafunc.fixturenames:
+            metafunc.parametrize(("backend", "layout"), list(self.backend_cases()), indirect=["backend"])
+        elif "layout" in metafunc.fixturenames:
             metafunc.parametrize("layout", LAYOUTS)
         if "dtype" in metafunc.fixturenames:
             metafunc.parametrize("dtype", self.dtypes, ids=[str(dtype).removeprefix("torch.") for dtype in self.dtypes])

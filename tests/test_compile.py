@@ -98,7 +98,7 @@ def test_a_compiled_model_trains_through_widths_and_switches_without_compiling_a
 
 @pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_library)], ids=["reference", "native"])
 def test_compact_specialises_and_warns_once(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(widths_module, "native_serves", lambda device, static: native)
+    monkeypatch.setattr(widths_module, "choose", lambda device, static: "native" if native else "reference")
     widths_module._warn_once.cache_clear()
     model = mlp((6, 6), (4, 9), (5, 5))
     counter = CompileCounterWithBackend("aot_eager")

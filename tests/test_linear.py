@@ -15,6 +15,8 @@ from esper_elastic.control import Axis
 
 
 class TestLinear(Contract):
+    has_kernels = True
+
     def make(self, *axes: Axis, **factory: Any) -> nn.Module:
         out_dim, in_dim = axes
         return ee.ElasticLinear(in_dim.active, out_dim.active, in_dim=in_dim, out_dim=out_dim, **factory)
@@ -105,7 +107,7 @@ def test_bfloat16_sums_over_several_runs_are_rounded_once(native: bool, layout: 
     first, second = ee.ElasticDim(8, 9), ee.ElasticDim(8, 9)
     layer = ee.ElasticLinear(16, 16, in_dim=ee.concat(first, second), out_dim=ee.concat(first, second), dtype=torch.bfloat16)
     layer.layout = layout
-    layer._widths.native = native
+    layer._widths.backend = "native" if native else "reference"
     inside = torch.cat([torch.arange(8), 9 + torch.arange(8)])
     w = torch.randn(8, 8, dtype=torch.bfloat16)
     with torch.no_grad():  # what the first run adds, the second takes away
@@ -128,7 +130,7 @@ def test_complex_weights(native: bool, layout: str) -> None:
     layer = ee.ElasticLinear(3, 5, max_in_features=7, max_out_features=8, dtype=torch.complex128)
     dense = layer.to_dense()
     layer.layout = layout
-    layer._widths.native = native
+    layer._widths.backend = "native" if native else "reference"
     x = torch.randn(4, 3, dtype=torch.complex128, requires_grad=True)
     x_dense = x.detach().clone().requires_grad_()
     y = layer(torch.nn.functional.pad(x, (0, 4)) if layout == "static" else x)[:, :5]
@@ -147,7 +149,7 @@ def test_any_batch_shape(shape: tuple[int, ...], layout: str, native: bool) -> N
     layer = ee.ElasticLinear(3, 5, max_in_features=7, max_out_features=8)
     dense = layer.to_dense()
     layer.layout = layout
-    layer._widths.native = native
+    layer._widths.backend = "native" if native else "reference"
     x = torch.randn(*shape, 3)
     x_wide = torch.nn.functional.pad(x, (0, 4)) if layout == "static" else x
     y, expected = layer(x_wide)[..., :5], dense(x)

@@ -74,8 +74,8 @@ class Machine(RuleBasedStateMachine):
         self.graphs: list[Tensor] = []
 
     def teardown(self) -> None:
-        if hasattr(self, "native"):
-            widths_module.native_serves = self.native
+        if hasattr(self, "choose"):
+            widths_module.choose = self.choose
 
     @property
     def dims(self) -> list[ee.ElasticDim]:
@@ -161,9 +161,9 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: backends.LIBRARY_MISSING is None)
     @rule(native=st.booleans())
     def set_backend(self, native: bool) -> None:
-        if not hasattr(self, "native"):
-            self.native = widths_module.native_serves
-        widths_module.native_serves = lambda device, static: native
+        if not hasattr(self, "choose"):
+            self.choose = widths_module.choose
+        widths_module.choose = lambda device, static: "native" if native else "reference"
         for module in self.net.modules():
             if hasattr(module, "bind_control"):
                 module.bind_control()

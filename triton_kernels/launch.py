@@ -18,7 +18,7 @@ class Segments(NamedTuple):
     out: int
     inner: int
     switches: int
-    aligned: bool
+    aligned: int
 
 
 @functools.cache

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..errors import LayoutError
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -32,11 +37,50 @@ LIBRARY, LIBRARY_MISSING = _load_library()
 CHOICE = _choice()
 
 
-def native_serves(device: torch.device, static: bool) -> bool:
-    """Whether the compiled ops serve layers on ``device``: on the CPU always, on CUDA where widths are read on the host."""
-    if LIBRARY_MISSING is not None or CHOICE == "reference":
-        return False
-    return device.type in ("cpu", "meta") or (device.type == "cuda" and not static)
+def choose(device: torch.device, static: bool) -> str:
+    """The backend for layers on ``device``: ``"native"``, ``"triton"`` or ``"reference"``.
+
+    On the CPU, and on CUDA in compact layout, where widths are read on the host, compiled ops serve; Triton's kernels serve static layout.
+    """
+    if static and device.type != "meta" and CHOICE in ("auto", "triton") and (device.type == "cuda" or CHOICE == "triton"):
+        missing = triton_missing(device)
+        if missing is None:
+            return "triton"
+        refuse_triton(f"layers on {device}", missing)
+    if CHOICE != "reference" and LIBRARY_MISSING is None and (device.type in ("cpu", "meta") or (device.type == "cuda" and not static)):
+        return "native"
+    return "reference"
+
+
+@functools.cache
+def triton_missing(device: torch.device) -> str | None:
+    """Why Triton's kernels do not run on ``device``; ``None`` if they do."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return "on the CPU they run in the interpreter alone: set TRITON_INTERPRET=1"
+    if device.type not in ("cpu", "cuda"):
+        return f"they run on CUDA, not on {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"they need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+    return None
+
+
+@functools.cache
+def refuse_triton(what: str, reason: str) -> None:
+    """Say, once for each ``what``, that Triton's kernels do not serve it, and why.
+
+    Raises:
+        LayoutError: ``ESPER_ELASTIC_BACKEND`` asks for them.
+    """
+    message = f"esper_elastic: Triton's kernels do not serve {what}: {reason}."
+    if CHOICE == "triton":
+        raise LayoutError(f"{message} ESPER_ELASTIC_BACKEND=triton allows no other backend; unset it.")
+    warnings.warn(f"{message} They run on the reference backend, whose widths no captured graph follows.", stacklevel=2)
+
+
+def _home() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def backend_info() -> dict[str, Any]:
@@ -51,7 +95,7 @@ def backend_info() -> dict[str, Any]:
         "backends": {
             "reference": True,
             "native": True if LIBRARY_MISSING is None else LIBRARY_MISSING,
-            "triton": "not part of this version",
+            "triton": triton_missing(_home()) or True,
         },
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

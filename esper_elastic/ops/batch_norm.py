@@ -55,7 +55,7 @@ def batch_norm(
         raise ValueError(f"{widths.label}: eps: expected a positive number, or zero in eval mode, got {eps}.")
     if num_batches_tracked is None and momentum is None:
         momentum = 0.0
-    if not widths.compiled_ops_serve():
+    if widths.serving() != "native":
         return reference.batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, widths, training, momentum, eps)
     control, slots, compact = widths.control, widths.slots, not widths.static
     if training:

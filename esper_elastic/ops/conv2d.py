@@ -47,7 +47,7 @@ def conv2d(
         )
     if input.shape[-3] != widths.size(1):
         raise widths.refuse("input channels", input.shape[-3], 1)
-    if not widths.compiled_ops_serve() or weight.is_complex():
+    if widths.serving() != "native" or weight.is_complex():
         return reference.conv2d(input, weight, bias, widths, stride, padding, dilation, grouped)
     width = None if widths.static else widths.axes[0].active
     if isinstance(padding, str):

@@ -37,7 +37,7 @@ def layer_norm(
         raise LayoutError(f"{widths.label}: input: expected shape ({expected}), got {tuple(input.shape)}.")
     if input.shape[-normalized_dims] != widths.size(0):
         raise widths.refuse("input units", input.shape[-normalized_dims], 0)
-    if not widths.compiled_ops_serve():
+    if widths.serving() != "native":
         return reference.layer_norm(input, fixed_shape, weight, bias, widths, eps)
     result = torch.ops.esper_elastic.layer_norm.default(
         input, weight, bias, widths.control, widths.slots, not widths.static, normalized_dims, eps

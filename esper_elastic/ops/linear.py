@@ -34,7 +34,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, widths: Widths) -
         raise LayoutError(f"{widths.label}: input: expected at least one axis, the features, got a single number. Unsqueeze it.")
     if shape[-1] != expected:
         raise widths.refuse("input features", shape[-1], 1)
-    if not widths.compiled_ops_serve():
+    backend = widths.serving(input, weight, bias)
+    if backend == "triton":
+        from . import triton
+
+        return triton.linear(input, weight, bias, widths)
+    if backend != "native":
         return reference.linear(input, weight, bias, widths)
     if type(input) is Tensor and not torch.compiler.is_compiling():
         return LIBRARY.linear(input, weight, bias, widths.control, widths.slots, width)

@@ -189,7 +189,7 @@ class _Fence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        _check_generation(ctx.control, ctx.version, ctx.label)
+        check_generation(ctx.control, ctx.version, ctx.label)
         grad = grads[0]
         return _Fence.apply(grad, ctx.control, ctx.label) if grad.requires_grad else grad, None, None
 
@@ -198,7 +198,7 @@ class _Fence(torch.autograd.Function):
         return tangents[0].view_as(tangents[0])
 
 
-def _check_generation(control: Tensor, version: int, label: str) -> None:
+def check_generation(control: Tensor, version: int, label: str) -> None:
     commits = control._version - version
     if commits:
         raise GenerationError(
@@ -244,5 +244,5 @@ def fence(output: Tensor, control: Tensor, label: str) -> Tensor:
     if output.grad_fn is None:
         return _Fence.apply(output, control, label)
     version = control._version
-    output.grad_fn.register_prehook(lambda grads: _check_generation(control, version, label))
+    output.grad_fn.register_prehook(lambda grads: check_generation(control, version, label))
     return output

@@ -12,7 +12,9 @@ from torch.autograd import forward_ad
 
 from ..control import Axis, ControlBlock, Switch, of_fixed_shape
 from ..errors import LayoutError
-from .backend import native_serves
+from .backend import choose, refuse_triton
+
+_TRITON_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
 class Widths:
@@ -25,14 +27,16 @@ class Widths:
         static: whether activations have capacity size, dormant units exactly zero.
         control: the control tensor that kernels read.
         slots: int32 table on the same device, one row ``[axis, slot, start, inner]`` per segment; axis -1 is a switch.
+        segments: how many rows of ``slots`` belong to each axis and to switches, and whether all segments begin at a multiple of eight.
         label: how messages call the layer.
-        native: whether the compiled ops serve it.
+        backend: what serves it, as far as device and layout say.
     """
 
     device: torch.device
     control: Tensor
     slots: Tensor
-    native: bool
+    segments: list[int]
+    backend: str
 
     def __init__(self, label: str, axes: tuple[Axis, ...]) -> None:
         self.label = label
@@ -54,13 +58,41 @@ class Widths:
         self.control = self.block.on(home)
         with torch.inference_mode(False):
             self.slots = of_fixed_shape(torch.tensor(rows, dtype=torch.int32, device=self.control.device))
-        self.native = native_serves(device, self.static)
+        counts = [len(axis.segments) for axis in self.axes] + [0] * (2 - len(self.axes))
+        aligned = all(segment.start % 8 == 0 for axis in self.axes for segment in axis.segments)
+        self.segments = [*counts, len(self.switches), int(aligned)]
+        self.backend = choose(device, self.static)
 
-    def compiled_ops_serve(self) -> bool:
-        """Whether the compiled ops serve this call; functional transforms and forward mode are left to the reference."""
+    def serving(self, *operands: Tensor | None) -> str:
+        """The backend for this call. Functional transforms and forward mode are left to the reference, and so is what no kernel takes.
+
+        Raises:
+            LayoutError: a CUDA graph is being captured, and the reference, whose widths are numbers on the host, would serve it in static
+                layout; or ``ESPER_ELASTIC_BACKEND=triton`` allows no other backend.
+        """
         if not self.static and torch.compiler.is_compiling():
             _warn_specialised()
-        return self.native and not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+        backend = self.backend
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            backend = "reference"
+        elif backend == "triton":
+            strange = {t.dtype for t in operands if t is not None} - _TRITON_DTYPES
+            if strange:
+                refuse_triton(
+                    f"{self.label} with operands of {', '.join(sorted(map(str, strange)))}", "they take float32, float16 and bfloat16"
+                )
+                backend = "reference"
+        if self.device.type == "cuda" and backend != "triton" and torch.cuda.is_current_stream_capturing():
+            self._capture_without_kernels()
+        return backend
+
+    def _capture_without_kernels(self) -> None:
+        if self.static:
+            raise LayoutError(
+                f"{self.label}: cannot be captured in a CUDA graph: the reference backend serves it here, and the graph would keep the "
+                "present widths. ee.backend_info() says why Triton's kernels do not."
+            )
+        _warn_captured()
 
     def size(self, axis: int) -> int:
         """The size that activations have along an axis of the weight, in the present layout."""
@@ -96,6 +128,15 @@ def _warn_once() -> None:
 def _warn_specialised() -> None:
     """Say once per process that a graph serves one width. Called while the graph is traced, and no part of it."""
     _warn_once()
+
+
+@functools.cache
+def _warn_captured() -> None:
+    warnings.warn(
+        "esper_elastic: a layer in compact layout is being captured in a CUDA graph, which keeps the present widths for ever. "
+        "Call ee.set_layout(model, 'static') first for a graph that follows them.",
+        stacklevel=2,
+    )
 
 
 # what torch.compiler.assume_constant_result sets; calling it would import the compiler with the package

@@ -1,0 +1,9 @@
+"""Triton's side of the ops, in static layout: their registration with torch and their derivatives over the kernels of ``triton_kernels``.
+
+Imported when a layer first chooses Triton. The ops take the control tensor and the slots on the device of their operands and read no width
+on the host, so that compiled models and captured graphs follow every commit. Each family is closed under differentiation.
+"""
+
+from .linear import linear
+
+__all__ = ["linear"]
