@@ -4,6 +4,8 @@
 // static layout, where activations have capacity size and kernels alone read how much of it is active.
 #include <Python.h>
 
+#include "python.h"
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -84,6 +86,10 @@ PyObject* linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL,
      "linear(input, weight, bias, control, slots, width): the op of that name, called directly"},
+#ifdef ESPER_ELASTIC_WITH_CUDA
+    {"commit", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(esper::commit)), METH_FASTCALL,
+     "commit(target, source, begin, end): write a part of a CPU tensor to its place in a CUDA tensor, on the current stream"},
+#endif
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -35,6 +35,10 @@ class GenerationError(ElasticError, RuntimeError):
     """A backward pass through a graph that was built before the last commit of its control block."""
 
 
+class GraphCaptureError(ElasticError, RuntimeError):
+    """Something that a CUDA graph cannot record, or would record wrongly."""
+
+
 class OptimizerError(ElasticError, ValueError):
     """An optimizer that cannot be served, or that holds state nobody guards."""
 

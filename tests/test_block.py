@@ -5,12 +5,20 @@ import pickle
 
 import pytest
 import torch
+from contract import needs_kernels
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import esper_elastic as ee
+from esper_elastic import ops
 from esper_elastic.errors import GenerationError
 from esper_elastic.layers import registry
+from esper_elastic.ops import widths as widths_module
+
+
+def serve_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (widths_module, ops):
+        monkeypatch.setattr(module, "choose", lambda device, static: "triton" if static else "reference")
 
 
 def branch(width: int = 6) -> nn.Sequential:
@@ -32,25 +40,33 @@ def test_an_off_block_gives_its_input_and_an_off_branch_zeros(kind: str, layout:
     assert torch.equal(block(x), on)
 
 
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=needs_kernels)])
 @pytest.mark.parametrize("kind", ["block", "branch"])
-def test_compiled_static_block_follows_its_switch_without_a_new_frame(kind: str) -> None:
+def test_compiled_static_block_follows_its_switch_without_a_new_frame(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "triton":
+        serve_by_triton(monkeypatch)
     block = ee.ElasticBlock(branch(), kind=kind)
     ee.set_layout(block, "static")
     counter = CompileCounter()
     compiled = torch.compile(block, backend=counter, fullgraph=True)
-    x = torch.randn(3, 4, requires_grad=True)
     for on in (True, False, True, False):
+        x = torch.randn(3, 4, requires_grad=True)
         block.switch.set(on)
         output = compiled(x)
         torch.testing.assert_close(output, block(x))
         block.zero_grad()
         output.sum().backward()
+        passed = torch.ones(3, 4) if kind == "block" else torch.zeros(3, 4)
         if not on:
             assert all(p.grad is None or not p.grad.any() for p in block.parameters())
+            assert torch.equal(x.grad, passed)
     assert counter.frame_count == 1
 
 
-def test_no_dormant_value_of_an_off_static_block_reaches_the_result() -> None:
+@pytest.mark.parametrize("backend", ["auto", pytest.param("triton", marks=needs_kernels)])
+def test_no_dormant_value_of_an_off_static_block_reaches_the_result(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "triton":
+        serve_by_triton(monkeypatch)
     block = ee.ElasticBlock(branch(), kind="branch", on=False)
     ee.set_layout(block, "static")
     with torch.no_grad():

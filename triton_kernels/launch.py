@@ -35,7 +35,7 @@ def has_copy_engine(device: torch.device) -> bool:
 
 def can_describe(segments: Segments, *tensors: Tensor) -> bool:
     """Whether tiles of these matrices can be described: wherever one begins is a multiple of 16 bytes, and no matrix is empty."""
-    return segments.aligned and all(
+    return segments.aligned != 0 and all(
         has_copy_engine(t.device) and t.numel() > 0 and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors
     )
 

@@ -2,6 +2,7 @@
 
 from .block import ControlBlock, Entry, Switch, exact_int, of_fixed_shape
 from .dims import Axis, Binding, DerivedAxis, ElasticDim, Runs, Segment, concat, install_verb
+from .replica import Replica
 
 __all__ = [
     "Axis",
@@ -10,6 +11,7 @@ __all__ = [
     "DerivedAxis",
     "ElasticDim",
     "Entry",
+    "Replica",
     "Runs",
     "Segment",
     "Switch",

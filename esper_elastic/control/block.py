@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..errors import CapacityError, OwnerError
+from .replica import Replica
 
 if TYPE_CHECKING:
     from .dims import Axis
@@ -67,11 +68,12 @@ class ControlBlock:
         """The control tensor that ops on ``device`` read: the host vector itself on the CPU, a replica elsewhere."""
         if device.type in ("cpu", "meta"):
             return self._host
-        replica = self._replicas.get(device)
-        if replica is None:
-            with torch.inference_mode(False):
-                replica = self._replicas[device] = of_fixed_shape(self._host.to(device))
-        return replica
+        return self._replica(device).tensor
+
+    def note_reader(self, device: torch.device) -> None:
+        """Say that kernels on the current stream of ``device`` are about to read the control tensor: commits are ordered with them."""
+        if device.type != "cpu":
+            self._replica(device).note_reader()
 
     def entries(self) -> list[Entry]:
         """Every live dim and switch of the block, in slot order."""
@@ -108,6 +110,8 @@ class ControlBlock:
             yield self
         finally:
             self._batch = None
+        if batch.prepares:
+            self._require_writable()
         for prepare in batch.prepares:
             prepare()
         self.commit(batch.values.items(), moved=bool(batch.prepares))
@@ -122,6 +126,7 @@ class ControlBlock:
             return
         if prepare is not None:
             self._require_owner()
+            self._require_writable()
             prepare()
         self.commit(((entry, value),))
 
@@ -142,12 +147,14 @@ class ControlBlock:
 
         Raises:
             OwnerError: the calling thread does not own the block.
+            GraphCaptureError: a CUDA graph is being captured.
         """
         if threading.get_ident() != self.owner:
             self._require_owner()
         changes = [(entry, value) for entry, value in changes if entry._value != value]
         if not changes and not moved:
             return
+        self._require_writable()
         values = self._view.from_address(self._host.data_ptr())  # fetched anew: share_memory_ and friends move storage
         for entry, value in changes:
             values[entry.slot] = value
@@ -155,8 +162,9 @@ class ControlBlock:
         increment_version(self._host)
         self.generation += 1
         if self._replicas:
+            slots = [entry.slot for entry, _ in changes]
             for replica in self._replicas.values():
-                replica.copy_(self._host, non_blocking=True)
+                replica.write(self._host, min(slots, default=0), max(slots, default=0) + 1)
         if self._superseded:
             increment_version(self._superseded)
             self._superseded.clear()
@@ -167,6 +175,10 @@ class ControlBlock:
                 f"ControlBlock: thread {threading.current_thread().name!r} cannot commit: the block belongs to the thread that made it. "
                 "Post the change with control.post(dim.resize, n), which the owner applies in control.drain(), or control.adopt() it."
             )
+
+    def _require_writable(self) -> None:
+        for replica in self._replicas.values():
+            replica.require_writable()
 
     def adopt(self) -> None:
         """Make the calling thread the owner."""
@@ -220,7 +232,7 @@ class ControlBlock:
                 users.update((id(user), user) for user in entry.users())
                 entry.slot = target._place(entry)
                 entry.block = target
-            target._superseded += [block._host, *block._replicas.values(), *block._superseded]
+            target._superseded += [block._host, *block._abandon_replicas(), *block._superseded]
             target.generation = max(target.generation, block.generation)
             while not block._posted.empty():
                 target._posted.put(block._posted.get())
@@ -237,19 +249,32 @@ class ControlBlock:
         self._entries[slot] = weakref.ref(entry)
         self._view.from_address(self._host.data_ptr())[slot] = entry._value
         for replica in self._replicas.values():
-            replica[slot] = entry._value
+            replica.write(self._host, slot, slot + 1)
         return slot
+
+    def _replica(self, device: torch.device) -> Replica:
+        replica = self._replicas.get(device)
+        if replica is None:
+            replica = self._replicas[device] = Replica(self._host, device)
+            of_fixed_shape(replica.tensor)
+        return replica
+
+    def _abandon_replicas(self) -> list[Tensor]:
+        """The device tensors that the block leaves."""
+        for replica in self._replicas.values():
+            replica.abandon()
+        return [replica.tensor for replica in self._replicas.values()]
 
     def _allocate(self, length: int) -> None:
         with torch.inference_mode(False):
             self._host = of_fixed_shape(torch.zeros(length, dtype=torch.int32, device="cpu"))
         self._view = ctypes.c_int32 * length
-        self._replicas: dict[torch.device, Tensor] = {}
+        self._replicas: dict[torch.device, Replica] = {}
 
     def _reallocate(self) -> None:
         """Move to a new vector. Slots of dead entries are free in it; in the old one, graphs that outlive their layer still read them."""
-        old, replicas = self._host, self._replicas
-        self._superseded += [old, *replicas.values()]
+        old = self._host
+        self._superseded += [old, *self._abandon_replicas()]
         self._free = [slot for slot, reference in self._entries.items() if reference() is None]
         self._allocate(old.numel() if 4 * len(self._free) >= old.numel() else 2 * old.numel())
         self._host[: old.numel()] = old

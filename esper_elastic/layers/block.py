@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..control import Axis, ControlBlock, Switch, of_fixed_shape
 from ..errors import LayoutError
 from ..ops.reference import fence
@@ -65,8 +66,10 @@ class ElasticBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.static and (torch.compiler.is_compiling() or args[0].device.type != "cpu"):
-            on = self.control.index_select(0, self.slot) != 0
-            return torch.where(on, self.module(*args, **kwargs), args[0] if self.kind == "block" else 0)
+            if not torch.compiler.is_compiling():
+                self.switch.block.note_reader(self.control.device)
+            otherwise = args[0] if self.kind == "block" else None
+            return ops.switch(self.module(*args, **kwargs), otherwise, self.control, self.slot, self.backend)
         if self.switch.on:
             output = self.module(*args, **kwargs)
         else:
@@ -95,6 +98,7 @@ class ElasticBlock(nn.Module):
         """Fetch the control tensor and the slot again, after they moved."""
         device = next((p.device for p in self.module.parameters()), torch.device("cpu")) if self.static else torch.device("cpu")
         self.control = self.switch.block.on(device)
+        self.backend = ops.choose(device, self.static)
         with torch.inference_mode(False):
             self.slot = of_fixed_shape(torch.tensor([self.switch.slot], dtype=torch.int32, device=self.control.device))
 

@@ -1,14 +1,16 @@
 """The elastic ops, one file each: argument checks, fake implementation, and the choice of backend.
 
 Every op takes its operands at capacity and a :class:`Widths`, which says what is active. ``reference.py`` is the meaning of each op in
-plain PyTorch; the compiled library of ``csrc`` serves the same on strided slices.
+plain PyTorch; the compiled library of ``csrc`` serves the same on strided slices, and the kernels of ``triton_kernels``, through
+``ops/triton``, in static layout on GPUs.
 """
 
-from .backend import backend_info
+from .backend import backend_info, choose
 from .batch_norm import batch_norm
 from .conv2d import conv2d
 from .layer_norm import layer_norm
 from .linear import linear
+from .switch import switch
 from .widths import Widths
 
-__all__ = ["Widths", "backend_info", "batch_norm", "conv2d", "layer_norm", "linear"]
+__all__ = ["Widths", "backend_info", "batch_norm", "choose", "conv2d", "layer_norm", "linear", "switch"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..control import Replica
 from ..errors import LayoutError
 
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -35,6 +36,8 @@ def _choice() -> str:
 
 LIBRARY, LIBRARY_MISSING = _load_library()
 CHOICE = _choice()
+if hasattr(LIBRARY, "commit"):
+    Replica.write_device = staticmethod(LIBRARY.commit)
 
 
 def choose(device: torch.device, static: bool) -> str:

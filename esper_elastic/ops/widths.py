@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..control import Axis, ControlBlock, Switch, of_fixed_shape
-from ..errors import LayoutError
+from ..errors import GraphCaptureError, LayoutError
 from .backend import choose, refuse_triton
 
 _TRITON_DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
@@ -67,8 +67,9 @@ class Widths:
         """The backend for this call. Functional transforms and forward mode are left to the reference, and so is what no kernel takes.
 
         Raises:
-            LayoutError: a CUDA graph is being captured, and the reference, whose widths are numbers on the host, would serve it in static
-                layout; or ``ESPER_ELASTIC_BACKEND=triton`` allows no other backend.
+            GraphCaptureError: a CUDA graph is being captured in static layout, and the reference, whose widths are numbers on the host,
+                would serve it.
+            LayoutError: no kernel takes the operands, and ``ESPER_ELASTIC_BACKEND=triton`` allows no other backend.
         """
         if not self.static and torch.compiler.is_compiling():
             _warn_specialised()
@@ -82,13 +83,16 @@ class Widths:
                     f"{self.label} with operands of {', '.join(sorted(map(str, strange)))}", "they take float32, float16 and bfloat16"
                 )
                 backend = "reference"
-        if self.device.type == "cuda" and backend != "triton" and torch.cuda.is_current_stream_capturing():
-            self._capture_without_kernels()
+        if self.device.type == "cuda" and not torch.compiler.is_compiling():
+            if backend == "triton":
+                self.block.note_reader(self.device)
+            elif torch.cuda.is_current_stream_capturing():
+                self._capture_without_kernels()
         return backend
 
     def _capture_without_kernels(self) -> None:
         if self.static:
-            raise LayoutError(
+            raise GraphCaptureError(
                 f"{self.label}: cannot be captured in a CUDA graph: the reference backend serves it here, and the graph would keep the "
                 "present widths. ee.backend_info() says why Triton's kernels do not."
             )

@@ -5,5 +5,6 @@ on the host, so that compiled models and captured graphs follow every commit. Ea
 """
 
 from .linear import linear
+from .switch import switch
 
-__all__ = ["linear"]
+__all__ = ["linear", "switch"]
