@@ -2,7 +2,7 @@
 
 from .block import ControlBlock, Entry, Switch, exact_int, of_fixed_shape
 from .dims import Axis, Binding, DerivedAxis, ElasticDim, Runs, Segment, concat, install_verb
-from .replica import Replica
+from .replica import Replica, keep_for_graphs
 
 __all__ = [
     "Axis",
@@ -18,5 +18,6 @@ __all__ = [
     "concat",
     "exact_int",
     "install_verb",
+    "keep_for_graphs",
     "of_fixed_shape",
 ]

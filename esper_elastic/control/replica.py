@@ -18,6 +18,15 @@ def _copy(target: Tensor, source: Tensor, begin: int, end: int) -> None:
     target[begin:end].copy_(source[begin:end], non_blocking=True)
 
 
+_read_by_graphs: list[Tensor] = []
+
+
+def keep_for_graphs(tensor: Tensor | None) -> None:
+    """Keep a tensor that nobody needs any more, but whose address captured graphs may hold: nothing says when a graph is dropped."""
+    if tensor is not None and tensor.is_cuda and Replica.captures > 0:
+        _read_by_graphs.append(tensor)
+
+
 class Replica:
     """The int32 vector on one device.
 
@@ -31,6 +40,8 @@ class Replica:
 
     #: ``write(target, source, begin, end)``: set by ``ops.backend`` to that of the compiled library, if it was built for CUDA.
     write_device: Callable[[Tensor, Tensor, int, int], None] = staticmethod(_copy)
+    #: How often an op was captured, in this process.
+    captures = 0
 
     def __init__(self, source: Tensor, device: torch.device) -> None:
         with torch.inference_mode(False):
@@ -45,6 +56,7 @@ class Replica:
             return
         if torch.cuda.is_current_stream_capturing():
             self.captured = True
+            Replica.captures += 1
         else:
             self._note_stream()
 
@@ -76,6 +88,7 @@ class Replica:
 
     def abandon(self) -> None:
         """Say what becomes of captured graphs when the block moves to another vector: they go on reading this one."""
+        keep_for_graphs(self.tensor)
         if self.captured:
             warnings.warn(
                 "esper_elastic: the control block moves to new memory, since layers or dims were added to it, and CUDA graphs captured "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..control import Axis, ControlBlock, Switch, of_fixed_shape
+from ..control import Axis, ControlBlock, Switch, keep_for_graphs, of_fixed_shape
 from ..errors import LayoutError
 from ..ops.reference import fence
 from . import registry, state
@@ -99,6 +99,7 @@ class ElasticBlock(nn.Module):
         device = next((p.device for p in self.module.parameters()), torch.device("cpu")) if self.static else torch.device("cpu")
         self.control = self.switch.block.on(device)
         self.backend = ops.choose(device, self.static)
+        keep_for_graphs(self.__dict__.get("slot"))
         with torch.inference_mode(False):
             self.slot = of_fixed_shape(torch.tensor([self.switch.slot], dtype=torch.int32, device=self.control.device))
 

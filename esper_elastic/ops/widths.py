@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..control import Axis, ControlBlock, Switch, of_fixed_shape
+from ..control import Axis, ControlBlock, Switch, keep_for_graphs, of_fixed_shape
 from ..errors import GraphCaptureError, LayoutError
 from .backend import choose, refuse_triton
 
@@ -37,6 +37,7 @@ class Widths:
     slots: Tensor
     segments: list[int]
     backend: str
+    _rows: list[tuple[int, int, int, int]]
 
     def __init__(self, label: str, axes: tuple[Axis, ...]) -> None:
         self.label = label
@@ -56,8 +57,12 @@ class Widths:
         self.device = device
         home = device if self.static else torch.device("cpu")
         self.control = self.block.on(home)
-        with torch.inference_mode(False):
-            self.slots = of_fixed_shape(torch.tensor(rows, dtype=torch.int32, device=self.control.device))
+        old = self.__dict__.get("slots")
+        if old is None or old.device != self.control.device or self._rows != rows:  # a captured graph may hold the address of the old ones
+            keep_for_graphs(old)
+            with torch.inference_mode(False):
+                self.slots = of_fixed_shape(torch.tensor(rows, dtype=torch.int32, device=self.control.device))
+            self._rows = rows
         counts = [len(axis.segments) for axis in self.axes] + [0] * (2 - len(self.axes))
         aligned = all(segment.start % 8 == 0 for axis in self.axes for segment in axis.segments)
         self.segments = [*counts, len(self.switches), int(aligned)]
