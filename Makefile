@@ -22,8 +22,11 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(RUN) $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --benchmark-disable
 ESPER := $(RUN) $(PY) -m esper_elastic.cli
 CSRC := $(shell find csrc -type f)
+GPU_WORKERS ?= 8
+LAYER_TESTS := tests/test_linear.py tests/test_conv2d.py tests/test_batch_norm.py tests/test_layer_norm.py
+KERNEL_TESTS := $(filter-out tests/test_triton_aot.py,$(wildcard tests/test_triton_*.py))
 
-.PHONY: setup build demo demo-seeds test test-slow check bench docs clean
+.PHONY: setup build demo demo-seeds test test-slow test-gpu sanitize-gpu check bench bench-gpu docs clean
 
 setup: $(BUILT)
 
@@ -68,13 +71,27 @@ test: $(BUILT)
 test-slow: $(BUILT)
 	$(PYTEST) -m slow tests
 
+# On a machine with an NVIDIA GPU: kernels on it instead of in the interpreter, what only a GPU shows, and the contract of the layers there.
+GPU_PYTEST := $(RUN) $(PY) -m pytest --benchmark-disable -q
+test-gpu: $(BUILT)
+	$(GPU_PYTEST) -n $(GPU_WORKERS) tests/test_gpu.py tests/test_triton_*.py
+	ESPER_ELASTIC_TEST_DEVICE=cuda $(GPU_PYTEST) -n $(GPU_WORKERS) -m "not slow" $(LAYER_TESTS)
+
+# every kernel under the memory checker and the race checker
+sanitize-gpu: $(BUILT)
+	$(RUN) compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m pytest --benchmark-disable -q -x $(KERNEL_TESTS)
+	$(RUN) compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) -m pytest --benchmark-disable -q -x $(KERNEL_TESTS)
+
 check: $(READY)
 	$(RUN) $(PY) -m ruff check .
 	$(RUN) $(PY) -m ruff format --check .
 	$(RUN) $(PY) -m mypy
 
 bench: $(BUILT)
-	$(RUN) $(PY) -m pytest benchmarks --benchmark-only --write-results
+	$(RUN) $(PY) -m pytest benchmarks --ignore benchmarks/gpu --benchmark-only --write-results
+
+bench-gpu: $(BUILT)
+	$(RUN) $(PY) -m pytest benchmarks/gpu -q --write-results
 
 # runs the examples that the pages contain
 docs: $(BUILT)

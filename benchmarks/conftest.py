@@ -6,6 +6,7 @@ import json
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(RESULTS.parent / "gpu"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,7 +24,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if harness.figures and session.config.getoption("--write-results"):
-        write(harness.figures, environment())
+        write(harness.figures, environment(), gpu_of(session))
+
+
+def gpu_of(session: pytest.Session) -> str | None:
+    """The name of the GPU, where it is what was measured."""
+    on_gpu = any("gpu" in Path(argument).parts for argument in session.config.args)
+    return torch.cuda.get_device_name() if on_gpu and torch.cuda.is_available() else None
 
 
 def environment() -> dict[str, Any]:
@@ -39,14 +47,20 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(figures: list[harness.Figure], machine: dict[str, Any]) -> None:
+def write(figures: list[harness.Figure], machine: dict[str, Any], gpu: str | None) -> None:
     """The same figures as JSON and as a Markdown table, named after the machine."""
     RESULTS.mkdir(exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['threads']} threads".lower()).strip("-")
+    command, hardware = "make bench", f"{machine['cpu']}, {machine['threads']} threads"
+    if gpu is not None:
+        import triton
+
+        machine |= {"gpu": gpu, "triton": triton.__version__, "cuda": torch.version.cuda}
+        command, hardware = "make bench-gpu", f"{gpu}, triton {triton.__version__}, CUDA {torch.version.cuda}"
+    name = re.sub(r"[^a-z0-9]+", "-", (gpu or f"{machine['cpu']} {machine['threads']} threads").lower()).strip("-")
     content = {"machine": machine, "figures": [figure._asdict() for figure in figures]}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    lines = [f"{machine['cpu']}, {machine['threads']} threads, Python {machine['python']}, torch {machine['torch']}, "]
-    lines[0] += f"commit {machine['commit']}; `make bench`. Medians; both sides of a ratio interleaved in one process."
+    lines = [f"{hardware}, Python {machine['python']}, torch {machine['torch']}, "]
+    lines[0] += f"commit {machine['commit']}; `{command}`. Medians; both sides of a ratio interleaved in one process."
     lines += ["", "| what | measured | bar | met |", "| --- | ---: | ---: | --- |"]
     lines += [f"| {f.what} | {f.value:.3g} {f.unit} | {f.bound} | {'yes' if f.met else '**no**'} |" for f in figures]
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
