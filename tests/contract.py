@@ -37,6 +37,12 @@ needs_kernels = pytest.mark.skipif(NO_KERNELS is not None, reason=f"Triton: {NO_
 STALE = "widths or switches changed after the forward that built the graph"
 
 
+def without_kernels(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test of what Triton leaves to the reference: float64, forward mode, torch.func."""
+    test.without_kernels = True  # type: ignore[attr-defined]
+    return test
+
+
 class AxisCase(NamedTuple):
     """How to build one axis, and the widths to give its dims once the layer stands."""
 
@@ -256,7 +262,10 @@ class Contract(ABC):
                 found = list(cases())
                 metafunc.parametrize(argument, found, ids=["-".join(case.id for case in combination) for combination in found])
         if "backend" in metafunc.fixturenames:
-            metafunc.parametrize(("backend", "layout"), list(self.backend_cases()), indirect=["backend"])
+            found = [
+                case for case in self.backend_cases() if case.values[0] != "triton" or not hasattr(metafunc.function, "without_kernels")
+            ]
+            metafunc.parametrize(("backend", "layout"), found, indirect=["backend"])
         elif "layout" in metafunc.fixturenames:
             metafunc.parametrize("layout", LAYOUTS)
         if "dtype" in metafunc.fixturenames:
@@ -451,6 +460,7 @@ class Contract(ABC):
 
     # Derivatives
 
+    @without_kernels
     @pytest.mark.parametrize("order", [1, 2])
     def test_gradcheck(self, backend: str, layout: str, narrow: tuple[AxisCase, ...], order: int) -> None:
         layer = self.build(narrow, layout, torch.float64)
@@ -467,6 +477,7 @@ class Contract(ABC):
         check = torch.autograd.gradcheck if order == 1 else torch.autograd.gradgradcheck
         assert check(call, (x, *operands), fast_mode=order == 2)
 
+    @without_kernels
     def test_forward_mode_equals_the_dense_twin(self, backend: str, layout: str, narrow: tuple[AxisCase, ...]) -> None:
         layer = self.build(narrow, layout).eval()
         dense = self.twin(layer, torch.float32)
@@ -479,6 +490,7 @@ class Contract(ABC):
             assert got is not None
             torch.testing.assert_close(self.part(layer, got, self.axis_out(layer)), expected)
 
+    @without_kernels
     def test_torch_func_equals_the_dense_twin(self, backend: str, layout: str, narrow: tuple[AxisCase, ...]) -> None:
         layer = self.build(narrow, layout, torch.float64).eval()
         dense = self.twin(layer, torch.float64)

@@ -484,7 +484,7 @@ def _structure(size: int, fixed: int, weight: Tensor | None, bias: Tensor | None
         "SEGMENTS": segments.out,
         "SWITCHES": segments.switches,
         "FIXED": fixed,
-        "VECTOR": vector_of(size, segments.aligned),
+        "VECTOR": vector_of(size, segments.aligned != 0),
         "WEIGHT": weight is not None,
         "BIAS": bias is not None,
         "BLOCK": config.block,

@@ -37,7 +37,12 @@ def layer_norm(
         raise LayoutError(f"{widths.label}: input: expected shape ({expected}), got {tuple(input.shape)}.")
     if input.shape[-normalized_dims] != widths.size(0):
         raise widths.refuse("input units", input.shape[-normalized_dims], 0)
-    if widths.serving() != "native":
+    backend = widths.serving(input, weight, bias)
+    if backend == "triton":
+        from . import triton
+
+        return triton.layer_norm(input, fixed_shape, weight, bias, widths, eps)
+    if backend != "native":
         return reference.layer_norm(input, fixed_shape, weight, bias, widths, eps)
     result = torch.ops.esper_elastic.layer_norm.default(
         input, weight, bias, widths.control, widths.slots, not widths.static, normalized_dims, eps

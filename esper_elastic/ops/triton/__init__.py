@@ -4,7 +4,8 @@ Imported when a layer first chooses Triton. The ops take the control tensor and 
 on the host, so that compiled models and captured graphs follow every commit. Each family is closed under differentiation.
 """
 
+from .layer_norm import layer_norm
 from .linear import linear
 from .switch import switch
 
-__all__ = ["linear", "switch"]
+__all__ = ["layer_norm", "linear", "switch"]

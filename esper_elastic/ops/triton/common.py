@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference import check_generation
+from ..reference import check_generation, fence
 
 
 def autocast(input: Tensor) -> Tensor:
@@ -37,3 +38,27 @@ def saved(ctx: Any) -> tuple[Tensor, ...]:
     """
     check_generation(ctx.control, ctx.version, ctx.label)
     return ctx.saved_tensors
+
+
+def active(control: Tensor, slots: Tensor, first: int, count: int, size: int) -> Tensor:
+    """Which indices of an axis of ``size`` are active, by the ``count`` rows of ``slots`` from ``first`` on: for formulas in plain ops."""
+    index = torch.arange(size, device=control.device)
+    inside = torch.zeros_like(index, dtype=torch.bool)
+    for _, slot, start, inner in (row.unbind() for row in slots[first : first + count]):
+        inside |= (index >= start) & (index < start + control[slot] * inner)
+    return inside
+
+
+def switched_on(control: Tensor, slots: Tensor, count: int) -> Tensor:
+    """Whether the switches of the last ``count`` rows are all on: bool, on the device."""
+    return (control[slots[len(slots) - count :, 1]] != 0).all()
+
+
+def differentiated(ctx: Any, formula: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of ``formula(*inputs)``, as often differentiable as its plain ops are: what a backward that is recorded gives."""
+    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if t is not None and needed]
+    found = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=True))
+    return tuple(
+        fence(next(found), ctx.control, ctx.label) if t is not None and needed else None
+        for t, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+    )
