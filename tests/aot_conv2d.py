@@ -31,5 +31,6 @@ def ahead_of_time_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "bf16, concatenated", lambda: launch_all(torch.bfloat16, segments=2)
     yield "bf16, few channels", lambda: launch_all(torch.bfloat16, channels=3, kernel=(7, 7), stride=(2, 2))
     yield "fp32, tf32 on", lambda: launch_all(torch.float32, True)
-    yield "fp32, tf32 on, few rows", lambda: launch_all(torch.float32, True, images=1)
+    yield "fp32, tf32 on, unaligned", lambda: launch_all(torch.float32, True, channels=250)
     yield "fp32, tf32 off", lambda: launch_all(torch.float32)
+    yield "fp32, tf32 off, unaligned", lambda: launch_all(torch.float32, channels=250)

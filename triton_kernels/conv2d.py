@@ -23,11 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .conv2d_depthwise import depthwise, depthwise_grad_weight
+from .conv2d_grouped import fill_grouped, grouped_grad_weight
 from .conv2d_weight import WeightConfig, grad_weight
-from .launch import Segments, num_programs, precision_of, vector_of
+from .launch import Segments, has_copy_engine, num_programs, precision_of, vector_of
+from .linear import linear_forward, linear_grad_input, linear_grad_weight
 from .tiles import dot, in_groups, known_multiple
 from .widths import count_tiles, is_active, locate_tile, segment_active, segment_start, switched_on
-from .windows import FEW, LARGE, Windows, window, within
+from .windows import FEW, LARGE, Windows, positions, store_at, window, within
 
 
 class Config(NamedTuple):
@@ -42,18 +45,16 @@ class Config(NamedTuple):
     stages: int
 
 
-# Not tuned yet: as large as registers and shared memory let them be. By the type of the operands (16 bits, or float32 with or without tf32),
-# for the case that large tiles would leave multiprocessors idle, and for channels that do not come in whole vectors of 16 bytes.
+# Not tuned yet: as large as registers and shared memory let them be. By the type of the operands (16 bits, or float32 with or without tf32);
+# "+" where matrix units read shared memory themselves, which spares registers; "unaligned" where channels do not come as 16 bytes.
 CONFIGS = {
-    "half": Config(256, 128, 64, 16, 8, 8, 3),
-    "half, few rows": Config(128, 128, 64, 16, 8, 8, 4),
+    "half+": Config(256, 128, 64, 16, 8, 8, 3),
+    "half": Config(128, 128, 64, 16, 8, 8, 3),
     "half, unaligned": Config(128, 64, 32, 16, 8, 8, 3),
-    "tf32": Config(128, 128, 32, 16, 8, 8, 3),
-    "tf32, few rows": Config(128, 64, 32, 16, 8, 8, 3),
-    "tf32, unaligned": Config(128, 64, 32, 16, 8, 8, 3),
-    "ieee": Config(64, 64, 16, 16, 8, 4, 3),
-    "ieee, few rows": Config(64, 64, 16, 16, 8, 4, 3),
-    "ieee, unaligned": Config(64, 64, 16, 16, 8, 4, 3),
+    "tf32": Config(128, 64, 32, 16, 8, 8, 3),
+    "tf32, unaligned": Config(64, 64, 32, 16, 8, 8, 3),
+    "ieee": Config(64, 64, 16, 16, 8, 8, 3),
+    "ieee, unaligned": Config(64, 64, 16, 16, 8, 8, 3),
 }
 
 
@@ -166,48 +167,6 @@ def _multiply_few(
 
 
 @triton.jit
-def _positions(row, images, height, width, PHASES: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr):
-    """A tile's positions in an image of ``height`` and ``width``: phase, image, number within the phase, and which of them there are."""
-    rows_h = tl.cdiv(height, PHASES[0])
-    rows_w = tl.cdiv(width, PHASES[1])
-    per_phase = tl.cdiv(images * rows_h * rows_w, BLOCK_M)
-    phase_h = row // per_phase // PHASES[1]
-    phase_w = row // per_phase % PHASES[1]
-    m = row % per_phase * BLOCK_M + tl.arange(0, BLOCK_M)
-    image = m // (rows_h * rows_w)
-    u = m // rows_w % rows_h
-    v = m % rows_w
-    if LARGE:
-        image = image.to(tl.int64)
-    valid = (image < images) & (u * PHASES[0] + phase_h < height) & (v * PHASES[1] + phase_w < width)
-    return phase_h, phase_w, image, u, v, valid
-
-
-@triton.jit
-def _store(
-    output,
-    row,
-    begin,
-    end,
-    y,
-    images,
-    height,
-    width,
-    size,
-    PHASES: tl.constexpr,
-    LARGE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Write the channels ``begin ... begin + BLOCK_N``, those before ``end``, of a tile's positions."""
-    phase_h, phase_w, image, u, v, valid = _positions(row, images, height, width, PHASES, LARGE, BLOCK_M)
-    place = (image * height + u * PHASES[0] + phase_h) * width + v * PHASES[1] + phase_w
-    n = begin + tl.arange(0, BLOCK_N)
-    inside = valid[:, None] & (n < end)[None, :]
-    tl.store(output + (place * size)[:, None] + n[None, :], y.to(output.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _tile(
     source,
     weight,
@@ -248,7 +207,7 @@ def _tile(
     BLOCK_K: tl.constexpr,
 ):
     """The channels ``begin ... begin + BLOCK_N`` of BLOCK_M positions of the output."""
-    phase_h, phase_w, image, u, v, valid = _positions(row, images, out_height, out_width, PHASES, LARGE, BLOCK_M)
+    phase_h, phase_w, image, u, v, valid = positions(row, images, out_height, out_width, PHASES, LARGE, BLOCK_M)
     window_h = window(phase_h, KERNEL[0], STRIDE[0], PADDING[0], DILATION[0], TRANSPOSED)
     window_w = window(phase_w, KERNEL[1], STRIDE[1], PADDING[1], DILATION[1], TRANSPOSED)
     top = u * UNIT[0] + window_h[2]
@@ -288,7 +247,7 @@ def _tile(
     if BIAS:
         acc += tl.load(bias + n, mask=n < edge, other=0.0).to(tl.float32)[None, :]
     acc = tl.where((n < edge)[None, :], acc, 0.0)
-    _store(output, row, begin, end, acc, images, out_height, out_width, out_size, PHASES, LARGE, BLOCK_M, BLOCK_N)
+    store_at(output, row, begin, end, acc, images, out_height, out_width, out_size, PHASES, LARGE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -362,10 +321,10 @@ def _convolution_kernel(
                     TAP_STEP, MOVE, FEW, TRANSPOSED, LARGE, BIAS, PRECISION, TAIL, BLOCK_M, half, BLOCK_K,
                 )  # fmt: skip
                 nothing = tl.zeros((BLOCK_M, half), dtype=tl.float32)
-                _store(output, row, begin + half, end, nothing, images, out_height, out_width, out_size, PHASES, LARGE, BLOCK_M, half)
+                store_at(output, row, begin + half, end, nothing, images, out_height, out_width, out_size, PHASES, LARGE, BLOCK_M, half)
         else:
             nothing = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            _store(output, row, begin, end, nothing, images, out_height, out_width, out_size, PHASES, LARGE, BLOCK_M, BLOCK_N)
+            store_at(output, row, begin, end, nothing, images, out_height, out_width, out_size, PHASES, LARGE, BLOCK_M, BLOCK_N)
 
 
 def conv2d_forward(
@@ -386,8 +345,10 @@ def conv2d_forward(
     """``y``, channels_last, of ``x``, which has to be."""
     windows = Windows(_pair(weight.shape[2:]), stride, padding, dilation)
     size = (x.shape[0], weight.shape[0], *windows.output_size(x.shape[2], x.shape[3]))
+    if windows.pointwise and not grouped:
+        return _image(linear_forward(_matrix(x), weight[:, :, 0, 0], bias, control, slots, segments, allow_tf32=allow_tf32)[0], size)
     output = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    _convolution(x, weight, bias, output, control, slots, segments, windows, allow_tf32, config, transposed=False)
+    _fill(x, weight, bias, output, control, slots, segments, windows, grouped, allow_tf32, config, transposed=False)
     return output
 
 
@@ -408,8 +369,10 @@ def conv2d_grad_input(
 ) -> Tensor:
     """``gx``, channels_last, of ``gy``, which has to be."""
     windows = Windows(_pair(weight.shape[2:]), stride, padding, dilation)
+    if windows.pointwise and not grouped:
+        return _image(linear_grad_input(_matrix(grad), weight[:, :, 0, 0], control, slots, segments, allow_tf32=allow_tf32), input_shape)
     output = torch.empty(input_shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
-    _convolution(grad, weight, None, output, control, slots, segments, windows, allow_tf32, config, transposed=True)
+    _fill(grad, weight, None, output, control, slots, segments, windows, grouped, allow_tf32, config, transposed=True)
     return output
 
 
@@ -431,7 +394,52 @@ def conv2d_grad_weight(
 ) -> tuple[Tensor, Tensor | None]:
     """``(gW, gb)`` of ``gy`` and ``x``, which have to be channels_last, in the types and memory formats of ``weight`` and ``bias``."""
     windows = Windows(_pair(weight.shape[2:]), stride, padding, dilation)
-    return grad_weight(grad, x, weight, bias, control, slots, segments, windows, allow_tf32, config)
+    where = (control, slots, segments)
+    if grouped and weight.shape[0] == x.shape[1] and weight.shape[1] == 1:
+        return depthwise_grad_weight(grad, x, weight, bias, *where, windows)
+    if grouped:
+        return grouped_grad_weight(grad, x, weight, bias, *where, windows, allow_tf32)
+    if windows.pointwise:
+        result, result_bias = linear_grad_weight(_matrix(grad), _matrix(x), weight[:, :, 0, 0], bias, *where, allow_tf32=allow_tf32)
+        return result.as_strided(weight.shape, weight.stride()), result_bias
+    return grad_weight(grad, x, weight, bias, *where, windows, allow_tf32, config)
+
+
+def _matrix(image: Tensor) -> Tensor:
+    """The positions of a channels_last image as rows."""
+    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
+
+
+def _image(matrix: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """The inverse of :func:`_matrix`."""
+    images, channels, height, width = shape
+    return matrix.view(images, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _fill(
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    control: Tensor,
+    slots: Tensor,
+    segments: Segments,
+    windows: Windows,
+    grouped: bool,
+    allow_tf32: bool,
+    config: Config | None,
+    transposed: bool,
+) -> None:
+    """Compute ``output``, which is ``y``, or ``gx`` if ``transposed``, by the kernels that serve it."""
+    if output.numel() == 0:
+        return
+    where = (control, slots, segments, windows)
+    if grouped and source.shape[1] == output.shape[1] and weight.shape[1] == 1:
+        depthwise(source, weight, bias, output, *where, transposed)
+    elif grouped:
+        fill_grouped(source, weight, bias, output, *where, allow_tf32, transposed)
+    else:
+        _convolution(source, weight, bias, output, *where, allow_tf32, config, transposed)
 
 
 def _convolution(
@@ -447,8 +455,6 @@ def _convolution(
     config: Config | None,
     transposed: bool,
 ) -> None:
-    if output.numel() == 0:
-        return
     weight = _packed(weight, control, slots, segments, windows)
     images, channels, height, width = source.shape
     _, out_size, out_height, out_width = output.shape
@@ -465,8 +471,10 @@ def _convolution(
         config = CONFIGS[kind]
         if min(vectors) * source.element_size() < 16:
             config = CONFIGS[kind + ", unaligned"]
-        elif large or phases * triton.cdiv(rows, config.block_m) * triton.cdiv(out_size, config.block_n) < 2 * programs:
-            config = CONFIGS[kind + ", few rows"]
+        elif kind == "half" and has_copy_engine(source.device) and max(segments[:2]) == 1 and phases == 1 and not large:
+            wide = CONFIGS["half+"]
+            if triton.cdiv(rows, wide.block_m) * triton.cdiv(out_size, wide.block_n) >= 2 * programs:
+                config = wide
     tiles = phases * triton.cdiv(rows, config.block_m) * (triton.cdiv(out_size, config.block_n) + out_segments)
     _convolution_kernel[(min(tiles, programs),)](
         source,

@@ -206,7 +206,7 @@ def _multiply_tile(
         target = result + n[:, None].to(tl.int64) * strides[0] + column[None, :]
         tl.store(target, acc.to(result.dtype.element_ty), mask=(n < edge_n)[:, None] & awake[None, :])
     else:
-        part = parts + item.to(tl.int64) * BLOCK_N * BLOCK_K
+        part = parts + item * (BLOCK_N * BLOCK_K)
         tl.store(part + tl.arange(0, HEIGHT)[:, None] * BLOCK_K + tl.arange(0, WIDTH)[None, :], acc)
 
 
@@ -387,7 +387,7 @@ def _add_parts_kernel(
         acc = tl.zeros((ROWS, BLOCK_K), dtype=tl.float32)
         for split in range(0, splits, AT_ONCE):
             for later in tl.static_range(AT_ONCE):
-                part = (split + later).to(tl.int64) * tiles + tile
+                part = (split + later) * tiles + tile
                 acc += tl.load(parts + part * BLOCK_N * BLOCK_K + place, mask=inside & (split + later < splits), other=0.0)
         tl.store(result + n[:, None].to(tl.int64) * stride_n + column[None, :], acc.to(result.dtype.element_ty), mask=inside)
 
@@ -475,6 +475,6 @@ def grad_weight(
         num_stages=config.stages,
     )
     _add_parts_kernel[(programs,)](
-        result, result_bias, parts, parts_bias, control, slots, m, n_size, k_size, *strides, TAPS=taps, ROWS=16, AT_ONCE=4, **shared
+        result, result_bias, parts, parts_bias, control, slots, m, n_size, k_size, *strides, TAPS=taps, ROWS=8, AT_ONCE=4, **shared
     )
     return result, result_bias

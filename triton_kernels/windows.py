@@ -33,6 +33,11 @@ class Windows(NamedTuple):
         """How many taps a window of the input has."""
         return self.kernel[0] * self.kernel[1]
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether an output position is made of the same position of the input alone."""
+        return self.kernel == self.stride == (1, 1) and self.padding == (0, 0)
+
     def output_size(self, height: int, width: int) -> Pair:
         """Height and width of the output of an image of this size."""
         h, w = ((i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d in zip((height, width), *self, strict=True))
@@ -68,6 +73,48 @@ def window(phase, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.conste
             count += hit.to(tl.int32)
         offset = (phase + PADDING - first * DILATION) // STRIDE
     return first, count, offset
+
+
+@triton.jit
+def positions(row, images, height, width, PHASES: tl.constexpr, LARGE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile's positions in an image of ``height`` and ``width``: phase, image, number within the phase, and which of them there are."""
+    rows_h = tl.cdiv(height, PHASES[0])
+    rows_w = tl.cdiv(width, PHASES[1])
+    per_phase = tl.cdiv(images * rows_h * rows_w, BLOCK_M)
+    phase_h = row // per_phase // PHASES[1]
+    phase_w = row // per_phase % PHASES[1]
+    m = row % per_phase * BLOCK_M + tl.arange(0, BLOCK_M)
+    image = m // (rows_h * rows_w)
+    u = m // rows_w % rows_h
+    v = m % rows_w
+    if LARGE:
+        image = image.to(tl.int64)
+    valid = (image < images) & (u * PHASES[0] + phase_h < height) & (v * PHASES[1] + phase_w < width)
+    return phase_h, phase_w, image, u, v, valid
+
+
+@triton.jit
+def store_at(
+    output,
+    row,
+    begin,
+    end,
+    y,
+    images,
+    height,
+    width,
+    size,
+    PHASES: tl.constexpr,
+    LARGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write the channels ``begin ... begin + BLOCK_N``, those before ``end``, of a tile's positions."""
+    phase_h, phase_w, image, u, v, valid = positions(row, images, height, width, PHASES, LARGE, BLOCK_M)
+    place = (image * height + u * PHASES[0] + phase_h) * width + v * PHASES[1] + phase_w
+    n = begin + tl.arange(0, BLOCK_N)
+    inside = valid[:, None] & (n < end)[None, :]
+    tl.store(output + (place * size)[:, None] + n[None, :], y.to(output.dtype.element_ty), mask=inside)
 
 
 @triton.jit
