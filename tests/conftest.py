@@ -4,7 +4,7 @@ import importlib.util
 import os
 
 import torch
-from interpreter import round_as_hardware_does
+from interpreter import patch_language_once, round_as_hardware_does
 
 torch.set_num_threads(1)
 # `make test-gpu` runs the contract of the layers on the GPU.
@@ -15,3 +15,4 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton") is not None:
         round_as_hardware_does()
+        patch_language_once()

@@ -261,15 +261,28 @@ class Contract(ABC):
             if argument in metafunc.fixturenames:
                 found = list(cases())
                 metafunc.parametrize(argument, found, ids=["-".join(case.id for case in combination) for combination in found])
+        dtypes = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in self.dtypes]
         if "backend" in metafunc.fixturenames:
-            found = [
-                case for case in self.backend_cases() if case.values[0] != "triton" or not hasattr(metafunc.function, "without_kernels")
-            ]
-            metafunc.parametrize(("backend", "layout"), found, indirect=["backend"])
-        elif "layout" in metafunc.fixturenames:
-            metafunc.parametrize("layout", LAYOUTS)
-        if "dtype" in metafunc.fixturenames:
-            metafunc.parametrize("dtype", self.dtypes, ids=[str(dtype).removeprefix("torch.") for dtype in self.dtypes])
+            spared = hasattr(metafunc.function, "without_kernels")
+            cases = [case for case in self.backend_cases() if not (spared and case.values[0] == "triton")]
+            if "dtype" in metafunc.fixturenames:  # Triton leaves float64 to the reference
+                metafunc.parametrize(
+                    ("backend", "layout", "dtype"),
+                    [
+                        pytest.param(*case.values, *dtype.values, marks=case.marks, id="-".join((*case.values, str(dtype.id))))
+                        for case in cases
+                        for dtype in dtypes
+                        if (case.values[0], dtype.values[0]) != ("triton", torch.float64)
+                    ],
+                    indirect=["backend"],
+                )
+            else:
+                metafunc.parametrize(("backend", "layout"), cases, indirect=["backend"])
+        else:
+            if "layout" in metafunc.fixturenames:
+                metafunc.parametrize("layout", LAYOUTS)
+            if "dtype" in metafunc.fixturenames:
+                metafunc.parametrize("dtype", dtypes)
 
     def build(self, cases: tuple[AxisCase, ...], layout: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A layer built at capacity, narrowed to the widths of ``cases``, poisoned.

@@ -1,6 +1,7 @@
-"""Makes Triton's interpreter convert to and from bfloat16 as GPUs do: it truncates, which doubles every rounding error.
+"""Two things that Triton's interpreter does badly, done well: conftest.py has them where kernels are interpreted.
 
-Imported by conftest.py where kernels are interpreted.
+It truncates what GPUs round, which doubles every error of bfloat16; and it replaces all of ``triton.language`` at every call of a device
+function, though a call within a kernel finds it replaced, which takes half of the time.
 """
 
 from __future__ import annotations
@@ -27,3 +28,21 @@ def round_as_hardware_does() -> None:
         return convert(array, source, target, rounding)
 
     interpreter._convert_float = convert_float
+
+
+def patch_language_once() -> None:
+    """Let a device function find ``triton.language`` as the kernel that calls it left it."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.errors import InterpreterError
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        modules = [value for value in self.fn.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(module.load) for module in modules):
+            interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise InterpreterError(repr(error)) from error
+
+    interpreter.InterpretedFunction.__call__ = call

@@ -25,7 +25,7 @@ class Segments(NamedTuple):
 @functools.cache
 def num_programs(device: torch.device) -> int:
     """How many programs walk over the tiles: one per multiprocessor; few under the interpreter, which runs them one after the other."""
-    return 3 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -47,15 +47,21 @@ def conv2d(
         )
     if input.shape[-3] != widths.size(1):
         raise widths.refuse("input channels", input.shape[-3], 1)
-    if widths.serving() != "native" or weight.is_complex():
+    backend = widths.serving(input, weight, bias)
+    if backend == "reference" or weight.is_complex():
         return reference.conv2d(input, weight, bias, widths, stride, padding, dilation, grouped)
-    width = None if widths.static else widths.axes[0].active
     if isinstance(padding, str):
         input, padding = _explicit(input, padding, weight.shape[2:], dilation)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
-    output = torch.ops.esper_elastic.conv2d.default(
-        batch, weight, bias, widths.control, widths.slots, stride, padding, dilation, grouped, width
-    )
+    if backend == "triton":
+        from . import triton
+
+        output = triton.conv2d(batch, weight, bias, widths, stride, padding, dilation, grouped)
+    else:
+        width = None if widths.static else widths.axes[0].active
+        output = torch.ops.esper_elastic.conv2d.default(
+            batch, weight, bias, widths.control, widths.slots, stride, padding, dilation, grouped, width
+        )
     return output if input.dim() == 4 else output.squeeze(0)
 
 

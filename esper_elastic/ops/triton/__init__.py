@@ -4,8 +4,9 @@ Imported when a layer first chooses Triton. The ops take the control tensor and 
 on the host, so that compiled models and captured graphs follow every commit. Each family is closed under differentiation.
 """
 
+from .conv2d import conv2d
 from .layer_norm import layer_norm
 from .linear import linear
 from .switch import switch
 
-__all__ = ["layer_norm", "linear", "switch"]
+__all__ = ["conv2d", "layer_norm", "linear", "switch"]
