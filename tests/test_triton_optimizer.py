@@ -647,3 +647,22 @@ def test_active_gradients_are_made_zero():
     grads = batch.gradients(dim.block, [param.grad.data_ptr()])
     kernels.scale(grads, kernels.count_tiles(grads), None)
     assert (param.grad[:3] == 0).all() and param.grad[3:].isnan().all()
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="looks into the interpreter")
+def test_what_the_compiler_is_told_of_alignment_is_true(monkeypatch):
+    told = set()
+
+    def check(handle, name, values):
+        told.add((name, *values))
+        assert (handle.data % values[0] == 0).all()
+
+    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", check)
+    params, rows, columns, _ = params_of_all_kinds()
+    optimizer = ee.optim.SGD(params, lr=0.1)
+    for width in (1, 5, 8):
+        rows.resize(width)
+        columns.resize(3 * width)
+        fill_gradients(params)
+        optimizer.step()
+    assert told == {("tt.divisibility", multiple) for multiple in (1, 4, 16)}
