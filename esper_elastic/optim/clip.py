@@ -70,7 +70,7 @@ def clip_grad_norm_(
         norms.append(get_total_norm(views, norm_type, foreach=foreach))
     total = norms[0]
     if len(norms) > 1:
-        total = torch.linalg.vector_norm(torch.stack([norm.to(total.device, torch.float32) for norm in norms]), norm_type)
+        total = torch.linalg.vector_norm(torch.stack([norm.to(total.device) for norm in norms]), norm_type)
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
             f"clip_grad_norm_: the total norm of order {norm_type} of the active gradients is non-finite ({total.item()}), so it cannot be "
