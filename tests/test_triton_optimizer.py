@@ -140,7 +140,7 @@ def check_exactness(ours, theirs, options, shape, dtype):
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9), (0.5, 0.99999), (0.99, 0.9999999)], ids=str)
-@pytest.mark.parametrize("count", [0, 1, 9, 700, 40000, 65534, 10**6])
+@pytest.mark.parametrize("count", [0, 9, 700, 65534, 10**6])
 def test_bias_correction_is_as_exact_as_torchs(betas, count):
     grad = torch.randn(64)
     results = []
@@ -160,8 +160,9 @@ def test_bias_correction_is_as_exact_as_torchs(betas, count):
     assert_as_exact(*results)
 
 
-@rules
-def test_dormant_memory_is_never_read_nor_written(ours, theirs, options):
+@pytest.mark.parametrize("rule", ["sgd", "amsgrad", "momentum"])
+def test_dormant_memory_is_never_read_nor_written(rule):
+    ours, _, options = RULES[rule]
     params, rows, _, switch = params_of_all_kinds()
     optimizer = ours(params, **options)
     fill_gradients(params)
