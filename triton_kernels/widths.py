@@ -95,3 +95,9 @@ def locate_tile(control, slots, on, tile, size, FIRST: tl.constexpr, SEGMENTS: t
         end = tl.where(here, stop, end)
         remaining -= count
     return begin, edge, end
+
+
+@triton.jit
+def entry_value(control, slot, inside):
+    """What the control block holds in ``slot``, where ``inside``; 1 for slot -1, which stands for a size that is fixed."""
+    return tl.load(control + slot, mask=inside & (slot >= 0), other=1)

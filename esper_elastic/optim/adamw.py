@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..ops.optimizer import Batch
 from .base import ElasticOptimizer, at_least
 
 
@@ -60,6 +61,15 @@ class AdamW(ElasticOptimizer):
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+
+    def _count_dtype(self, group: dict[str, Any]) -> torch.dtype:
+        # from t = 65535 on, 1 - beta^t is 1 in float32
+        return torch.int16 if max(group["betas"]) ** 65535 < 2**-25 else torch.int32
+
+    def _step_kernels(self, group: dict[str, Any], batch: Batch, grads: Any, tensors: list[int], count_dtype: torch.dtype | None) -> None:
+        assert count_dtype is not None
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")}
+        batch.adamw(grads, tensors, count_dtype, **options)
 
     def _step_native(self, group: dict[str, Any], operands: list[list[Tensor]], counts: list[Tensor], plans: list[Tensor]) -> None:
         params, grads, exp_avgs, exp_avg_sqs, *rest = operands

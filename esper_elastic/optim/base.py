@@ -2,19 +2,22 @@
 
 A *plan* remembers, for one parameter, which cells of its step counts are active and where they lie in memory. It holds until a commit,
 a permutation or a load; with it, a step costs per parameter a few dictionary look-ups, and one call of a compiled op does the work for all
-parameters of a group. What that op does not serve (other devices and dtypes, odd strides) goes through the functions of
-``torch.optim``, on one view per cell.
+parameters of a group. On GPUs Triton's kernels do, and a plan says no more than where the tensors are: what is active they read from the
+control block, and they keep counts per element, so that a CUDA graph that captured a step follows every commit. What neither serves (other
+devices and dtypes, odd strides) goes through the functions of ``torch.optim``, on one view per cell.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from ..control import ControlBlock, Runs
@@ -22,8 +25,9 @@ from ..errors import OptimizerError
 from ..followers import follow
 from ..layers import registry
 from ..layers.registry import ParameterAxes
+from ..ops import optimizer as kernels
 from ..ops.backend import CHOICE, LIBRARY_MISSING
-from .counts import StepCounts
+from .counts import StepCounts, dense_counts, is_dense, widened
 
 _NATIVE = LIBRARY_MISSING is None and CHOICE != "reference"
 _MOST_CELLS = 16
@@ -37,25 +41,64 @@ class Plan:
         runs: the active indices of each axis.
         counts: in bands that fit ``runs``.
         vector: for the compiled op, see ``csrc/optim.cpp``; ``None`` where it does not serve.
-        strides: that the compiled op expects of the gradient.
+        strides: that the compiled op and the kernels expect of the gradient.
+        block: the control block.
+        pieces: for Triton's kernels, see :func:`esper_elastic.ops.optimizer.pieces_of`; ``None`` where they do not serve. If they do, the
+            plan holds for all widths, nothing is asleep, and there are no ``runs``, ``counts`` and ``vector``.
+        tensors: for the kernels: the parameter, its state and, if they are kept, its counts.
+        addresses: of ``tensors``.
+        count_dtype: that was asked for.
     """
 
-    __slots__ = ("asleep", "block", "counts", "generation", "revision", "runs", "strides", "vector")
+    __slots__ = (
+        "addresses",
+        "asleep",
+        "block",
+        "count_dtype",
+        "counts",
+        "generation",
+        "pieces",
+        "revision",
+        "runs",
+        "strides",
+        "tensors",
+        "vector",
+    )
 
     def __init__(self, param: Tensor) -> None:
         self.revision = registry.revision()
         known = registry.lookup(param)
-        self.block = _block_of(known)
-        self.generation = -1 if self.block is None else self.block.generation
+        self.block = block_of(known)
+        self.strides = param.stride()
+        self.pieces: kernels.Pieces | None = None
+        if kernels.triton_steps(param.device):
+            self.pieces = kernels.pieces_of(param, *(((None,) * param.dim(), ()) if known is None else (known.axes, known.switches)))
+        if self.pieces is not None:
+            self.asleep, self.generation = False, None
+            self.tensors: list[Tensor] = []
+            self.addresses: list[int] = []
+            self.count_dtype: torch.dtype | None = None
+            return
+        self.generation = None if self.block is None else self.block.generation
         self.asleep = param.numel() == 0 or (known is not None and known.asleep)
         self.runs: tuple[Runs, ...] = tuple([(0, size)] for size in param.shape) if known is None else known.runs(param.shape)
-        self.strides = param.stride()
         self.counts: StepCounts
         self.vector: Tensor | None = None
 
     def holds(self) -> bool:
-        """Whether widths, switches and bindings are as they were."""
-        return self.revision == registry.revision() and (self.block is None or self.block.generation == self.generation)
+        """Whether bindings are as they were, and widths and switches, if it says anything about them."""
+        if self.revision != registry.revision():
+            return False
+        return self.generation is None or self.block is None or self.block.generation == self.generation
+
+    def holds_for(self, param: Tensor, names: tuple[str, ...], state: dict[str, Any], count_dtype: torch.dtype | None) -> bool:
+        """Whether the tensors that kernels would touch are those of the plan, where they were."""
+        kept = (*names, "step") if count_dtype is not None else names
+        if count_dtype != self.count_dtype or len(self.tensors) != 1 + len(kept) or self.tensors[0] is not param:
+            return False
+        if any(state.get(name) is not tensor for name, tensor in zip(kept, self.tensors[1:], strict=True)):
+            return False
+        return self.addresses == [tensor.data_ptr() for tensor in self.tensors]
 
 
 class ElasticOptimizer(Optimizer):
@@ -63,13 +106,17 @@ class ElasticOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
-        self._plans: dict[Tensor, Plan] = {}
+        self._forget()
         follow(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._forget()
         follow(self)
+
+    def _forget(self) -> None:
+        self._plans: dict[Tensor, Plan] = {}
+        self._batches: dict[tuple[Any, ...], tuple[list[Plan], kernels.Batch]] = {}
 
     # What a concrete optimizer supplies
 
@@ -77,8 +124,18 @@ class ElasticOptimizer(Optimizer):
         """The state tensors of parameter shape that a step uses; without any, no counts are kept either."""
         raise NotImplementedError
 
+    def _count_dtype(self, group: dict[str, Any]) -> torch.dtype | None:
+        """The type in which kernels keep counts: int16 where those that it cannot tell apart make no difference; ``None`` for no counts."""
+        raise NotImplementedError
+
     def _step_native(self, group: dict[str, Any], operands: list[list[Tensor]], counts: list[Tensor], plans: list[Tensor]) -> None:
         """Update whole groups by the compiled op. ``operands`` are parameters, gradients, then the state tensors by name."""
+        raise NotImplementedError
+
+    def _step_kernels(
+        self, group: dict[str, Any], batch: kernels.Batch, grads: Any, tensors: list[int], count_dtype: torch.dtype | None
+    ) -> None:
+        """Update parameters of one type by Triton's kernels. ``tensors`` are addresses: of parameters, then as in :attr:`Plan.tensors`."""
         raise NotImplementedError
 
     def _step_views(self, group: dict[str, Any], operands: list[list[Tensor]], counts: list[int]) -> None:
@@ -95,10 +152,12 @@ class ElasticOptimizer(Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Effects: dormant elements of parameters and state are neither read nor written, nor anything under a switch that is off. State is
-        allocated at capacity at a parameter's first step.
+        allocated at capacity at a parameter's first step. On a GPU nothing waits for the device, and a step may be captured in a CUDA
+        graph, which follows widths, switches and a learning rate that is a tensor on the device; other hyperparameters stay as captured.
+        As with ``torch.optim``, run a few steps first, so that state is allocated and kernels are loaded.
 
         Raises:
-            OptimizerError: a gradient is sparse; nothing has changed.
+            OptimizerError: a gradient is sparse; nothing has changed. Or state is to be allocated while a graph is captured.
         """
         loss = None
         if closure is not None:
@@ -106,13 +165,14 @@ class ElasticOptimizer(Optimizer):
                 loss = closure()
         self._refuse_sparse()
         if len(self._plans) > sum(len(group["params"]) for group in self.param_groups):
-            self._plans.clear()  # a parameter was removed, which a plan would keep alive
-        for group in self.param_groups:
-            self._step_group(group)
+            self._forget()  # a parameter was removed, which a plan would keep alive
+        for number, group in enumerate(self.param_groups):
+            self._step_group(group, number)
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        names = self._names(group)
+    def _step_group(self, group: dict[str, Any], number: int) -> None:
+        names, count_dtype = self._names(group), self._count_dtype(group)
+        resident: defaultdict[tuple[Any, ...], list[tuple[Plan, Tensor]]] = defaultdict(list)
         native: dict[torch.dtype, tuple[list[list[Tensor]], list[Tensor], list[Tensor]]] = {}
         views: list[list[Tensor]] = [[] for _ in range(len(names) + 2)]
         view_counts: list[int] = []
@@ -120,8 +180,12 @@ class ElasticOptimizer(Optimizer):
             grad = param.grad
             if grad is None:
                 continue
-            plan = self._plan(param, names)
+            plan = self._plan(param, names, count_dtype)
             if plan.asleep:
+                continue
+            if plan.pieces is not None:
+                counted = None if count_dtype is None else plan.tensors[-1].dtype
+                resident[param.device, param.dtype, counted, plan.block].append((plan, grad))
                 continue
             state = self.state[param] if names else {}
             if plan.vector is None or not _same_strides(grad, plan.strides):
@@ -140,6 +204,23 @@ class ElasticOptimizer(Optimizer):
             self._step_native(group, operands, counts, plans)
         if view_counts:
             self._step_views(group, views, view_counts)
+        for key, members in join_plain(resident).items():
+            self._step_resident(group, (number, *key), members)
+
+    def _step_resident(self, group: dict[str, Any], key: tuple[Any, ...], members: list[tuple[Plan, Tensor]]) -> None:
+        """Update parameters of one type and control block by Triton's kernels."""
+        _, device, dtype, count_dtype, block = key
+        plans = [plan for plan, _ in members]
+        known = self._batches.get(key)
+        if known is None or known[0] != plans:
+            pieces = [plan.pieces for plan in plans if plan.pieces is not None]
+            known = self._batches[key] = plans, kernels.Batch(pieces, sum(p.tensors[0].numel() for p in plans), device, dtype)
+        batch = known[1]
+        given = [_laid_out(grad, plan.tensors[0]) for plan, grad in members]
+        grads = batch.gradients(block, [grad.data_ptr() for grad in given])
+        tensors = [address for same in zip(*(plan.addresses for plan in plans), strict=True) for address in same]
+        self._step_kernels(group, batch, grads, tensors, count_dtype)
+        increment_version([tensor for plan in plans for tensor in plan.tensors if not tensor.is_inference()])
 
     def _step_slowly(
         self, group: dict[str, Any], tensors: list[Tensor], plan: Plan, views: list[list[Tensor]], view_counts: list[int]
@@ -168,30 +249,58 @@ class ElasticOptimizer(Optimizer):
                 tensor[chosen] = part[0]
         table.copy_(counts.advance(plan.runs).table)
 
-    def _plan(self, param: Tensor, names: tuple[str, ...]) -> Plan:
+    def _plan(self, param: Tensor, names: tuple[str, ...], count_dtype: torch.dtype | None) -> Plan:
         """The plan of ``param``, made anew where widths, bindings or state are no longer those it was made for."""
         plan = self._plans.get(param)
         if plan is not None and plan.holds():
             if plan.asleep:
                 return plan
             state = self.state[param] if names else {}
-            if all(name in state for name in names) and (not names or state.get("step") is plan.counts.packed):
+            if plan.pieces is not None:
+                if plan.holds_for(param, names, state, count_dtype):
+                    return plan
+            elif all(name in state for name in names) and (not names or state.get("step") is plan.counts.packed):
                 return plan
         plan = self._plans[param] = Plan(param)
         if plan.asleep:
             return plan
-        kept = self.state[param] if names else {}
-        counts = StepCounts.unpack(kept["step"], param.shape) if "step" in kept else StepCounts(param.shape)
+        state = self.state[param] if names else {}
+        if "step" not in state and any(name in state for name in names):
+            state["step"] = torch.ones(())  # whoever kept state without counts had no use for more than that it is not new
+        if plan.pieces is not None:
+            self._settle(plan, param, names, state, count_dtype)
+            return plan
+        counts = StepCounts.unpack(state["step"], param.shape) if "step" in state else StepCounts(param.shape)
         plan.counts = counts.split(plan.runs)
         if names:
-            kept["step"] = plan.counts.packed
+            state["step"] = plan.counts.packed
         for name in names:
-            if name not in kept:
-                kept[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            if name not in state:
+                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
         native = _NATIVE and param.device.type == "cpu" and param.dtype in (torch.float32, torch.float64)
-        if native and all(_same_strides(kept[name], plan.strides) for name in names):
+        if native and all(_same_strides(state[name], plan.strides) for name in names):
             plan.vector = _vector(param, plan)
         return plan
+
+    def _settle(self, plan: Plan, param: Tensor, names: tuple[str, ...], state: dict[str, Any], count_dtype: torch.dtype | None) -> None:
+        """Bring the state of ``param`` into the form of the kernels, and note where it is."""
+        found: dict[str, Tensor] = {}
+        for name in names:
+            found[name] = _laid_out(state[name], param) if name in state else torch.zeros_like(param, memory_format=torch.preserve_format)
+        if count_dtype is not None:
+            found["step"] = torch.zeros_like(param, dtype=count_dtype, memory_format=torch.preserve_format)
+            if "step" in state:
+                found["step"] = dense_counts(param, state["step"], count_dtype)
+        if kernels.capturing(param.device) and any(tensor is not state.get(name) for name, tensor in found.items()):
+            raise OptimizerError(
+                f"{type(self).__name__}: state of a parameter of shape {tuple(param.shape)} would be allocated by a CUDA graph that is "
+                "being captured, and begin anew at each replay. Run a few steps first."
+            )
+        state.pop("step", None)
+        state.update(found)
+        plan.tensors = [param, *found.values()]
+        plan.addresses = [tensor.data_ptr() for tensor in plan.tensors]
+        plan.count_dtype = count_dtype
 
     def _refuse_sparse(self) -> None:
         for index, group in enumerate(self.param_groups):
@@ -208,7 +317,7 @@ class ElasticOptimizer(Optimizer):
     def permute_state(self, param: Tensor, axis: int, order: Tensor) -> None:
         state = self.state.get(param)
         for name, tensor in (state or {}).items():
-            if name == "step":
+            if name == "step" and not is_dense(tensor, param.shape):
                 self.state[param]["step"] = StepCounts.unpack(tensor, param.shape).permute(axis, order).packed
             elif tensor.shape == param.shape:
                 tensor.copy_(tensor.index_select(axis, order.to(tensor.device)))
@@ -217,15 +326,20 @@ class ElasticOptimizer(Optimizer):
     def reset_state(self, param: Tensor, axis: int, start: int, stop: int) -> None:
         state = self.state.get(param)
         for name, tensor in (state or {}).items():
-            if name == "step":
+            if name == "step" and not is_dense(tensor, param.shape):
                 self.state[param]["step"] = StepCounts.unpack(tensor, param.shape).reset(axis, start, stop).packed
             elif tensor.shape == param.shape:
                 tensor.narrow(axis, start, stop - start).zero_()
 
     def step_counts(self, param: Tensor) -> Tensor:
-        """How often each element of ``param`` was updated: int64, of its shape."""
-        packed = self.state.get(param, {}).get("step")
-        return (StepCounts(param.shape) if packed is None else StepCounts.unpack(packed, param.shape)).dense()
+        """How often each element of ``param`` was updated: int64, of its shape; zeros where no counts are kept.
+
+        On a GPU, AdamW counts to 65,535 where more would make no difference in float32, and SGD counts with dampening alone.
+        """
+        step = self.state.get(param, {}).get("step")
+        if step is None:
+            return StepCounts(param.shape).dense()
+        return widened(step) if is_dense(step, param.shape) else StepCounts.unpack(step, param.shape).dense()
 
 
 def at_least(label: str, what: str, value: Any, low: float, below: float = math.inf) -> None:
@@ -241,11 +355,36 @@ def at_least(label: str, what: str, value: Any, low: float, below: float = math.
         raise OptimizerError(f"{label}: {what}: expected a number of at least {low:g}{bound}, got {value!r}.")
 
 
-def _block_of(known: ParameterAxes | None) -> ControlBlock | None:
+def block_of(known: ParameterAxes | None) -> ControlBlock | None:
     if known is None:
         return None
     entries: Iterable[Any] = itertools.chain((dim for axis in known.axes if axis is not None for dim in axis.dims), known.switches)
     return next((entry.block for entry in entries), None)
+
+
+def join_plain(members: dict[tuple[Any, ...], list[Any]]) -> dict[tuple[Any, ...], list[Any]]:
+    """What belongs to no control block goes along with what belongs to one and is alike else; the block is the last part of a key."""
+    for key in [key for key in members if key[-1] is None]:
+        other = next((other for other in members if other[:-1] == key[:-1] and other[-1] is not None), None)
+        if other is not None:
+            members[other] = members[other] + members.pop(key)
+    return members
+
+
+def _laid_out(tensor: Tensor, param: Tensor) -> Tensor:
+    """``tensor`` as kernels expect what belongs to ``param``: itself, or a copy of its type and device that lies in memory alike.
+
+    Raises:
+        OptimizerError: it has another shape.
+    """
+    if tensor.shape != param.shape:
+        raise OptimizerError(
+            f"state or gradient of a parameter of shape {tuple(param.shape)}: expected that shape, got {tuple(tensor.shape)}. "
+            "Load the state of an optimizer over the same parameters, in the same order."
+        )
+    if tensor.dtype == param.dtype and tensor.device == param.device and _same_strides(tensor, param.stride()):
+        return tensor
+    return torch.empty_like(param, memory_format=torch.preserve_format).copy_(tensor)
 
 
 def _same_strides(tensor: Tensor, strides: tuple[int, ...]) -> bool:

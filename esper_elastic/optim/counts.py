@@ -5,6 +5,10 @@ the places where a *band* of indices begins, and one int64 per cell. Every opera
 become as narrow as it takes, down to one index each.
 
 The whole lives in one int64 vector, so that it goes through ``state_dict`` like any other state (:meth:`StepCounts.packed`).
+
+Kernels on a device count by themselves, also where a CUDA graph replays them and no Python runs. There a count per element is kept
+(:func:`dense_counts`), a tensor of the parameter's shape: int32, or the bits of an unsigned 16-bit number in an int16 tensor. Both stop at
+their largest value. Each form is read wherever the other was written.
 """
 
 from __future__ import annotations
@@ -49,9 +53,13 @@ class StepCounts:
     def unpack(cls, packed: Tensor, shape: Sequence[int]) -> StepCounts:
         """Read what :attr:`packed` held; its table goes on living in that tensor. A number is a count that all elements share.
 
+        Counts of the dense form are compressed.
+
         Raises:
             OptimizerError: the vector does not describe a parameter of this shape.
         """
+        if is_dense(packed, shape):
+            return cls(shape, [range(size) for size in shape], widened(packed)).merge()
         if packed.dim() == 0:
             shared = cls(shape)
             shared.table.fill_(int(packed))
@@ -161,6 +169,37 @@ class StepCounts:
         """Bands of ``axis`` that begin at ``places`` and continue the present ``bands``."""
         starts = [*self.starts[:axis], places, *self.starts[axis + 1 :]]
         return StepCounts(self.shape, starts, self.table.index_select(axis, bands))
+
+
+def is_dense(step: Tensor, shape: Sequence[int]) -> bool:
+    """Whether ``step`` holds a count per element of a parameter of ``shape``."""
+    return step.dtype in (torch.int16, torch.int32) and step.shape == torch.Size(shape)
+
+
+def widened(dense: Tensor) -> Tensor:
+    """Counts of the dense form as int64."""
+    return dense.to(torch.int64) & 0xFFFF if dense.dtype == torch.int16 else dense.to(torch.int64)
+
+
+def dense_counts(param: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """Counts of any form as a tensor of the shape, device and strides of ``param``: ``step`` itself if it is one.
+
+    Args:
+        param: the parameter.
+        step: its counts.
+        dtype: int16 or int32; what is int32 already stays so.
+    """
+    if is_dense(step, param.shape):
+        if step.dtype in (dtype, torch.int32) and step.device == param.device and step.stride() == param.stride():
+            return step
+        dtype = torch.int32 if step.dtype == torch.int32 else dtype
+        counts = widened(step)
+    else:
+        counts = StepCounts.unpack(step, param.shape).dense()
+    dense = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    if dtype == torch.int16:
+        return dense.copy_((counts.clamp(max=2**16 - 1) ^ 2**15) - 2**15)
+    return dense.copy_(counts.clamp(max=2**31 - 1))
 
 
 def _header_length(packed: Tensor) -> int:

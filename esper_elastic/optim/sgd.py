@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from ..errors import OptimizerError
+from ..ops.optimizer import Batch
 from .base import ElasticOptimizer, at_least
 
 
@@ -60,6 +61,14 @@ class SGD(ElasticOptimizer):
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
+
+    def _count_dtype(self, group: dict[str, Any]) -> torch.dtype | None:
+        # only whether an update is the first makes a difference, and without dampening not even that: a buffer of zeros does the same
+        return torch.int16 if group["momentum"] != 0 and group["dampening"] != 0 else None
+
+    def _step_kernels(self, group: dict[str, Any], batch: Batch, grads: Any, tensors: list[int], count_dtype: torch.dtype | None) -> None:
+        options = {name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
+        batch.sgd(grads, tensors, count_dtype, **options)
 
     def _step_native(self, group: dict[str, Any], operands: list[list[Tensor]], counts: list[Tensor], plans: list[Tensor]) -> None:
         params, grads, *buffers = operands
