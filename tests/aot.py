@@ -58,7 +58,6 @@ def describe(kernel: Any) -> dict[str, Any]:
         usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     figures = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = kernel.asm["ptx"]
-    open(f"/tmp/w/conv.{kernel.metadata.hash[:8]}.ptx","w").write(ptx)
     return figures | {
         "shared": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
