@@ -7,8 +7,8 @@ With c over the active channels, k over the taps and p over the positions of an 
     gW[c, k] = sum_p gy[p, c] x[p stride - padding + k dilation, c]              zero for dormant c
     gb[c]    = sum_p gy[p, c]                                                    zero for dormant c
 
-Images are channels_last, and neighbouring channels are what a tile has side by side. There is no product of matrices in it: what counts is to
-read each image once from memory, and a window's other taps from the cache. While a switch is off, no tile is active.
+Images are channels_last, and a tile has neighbouring channels side by side. There is no product of matrices in it: what counts is to read
+an image from memory once, and again, for a window's other taps, from the cache. While a switch is off, no tile is active.
 """
 
 import torch
@@ -162,7 +162,7 @@ def _depthwise_grad_weight_kernel(
             tl.store(parts_bias + row, tl.sum(total, axis=0), mask=(c < edge) & (tile % tap_tiles == 0))
 
 
-def depthwise(
+def fill_depthwise(
     source: Tensor,
     weight: Tensor,
     bias: Tensor | None,

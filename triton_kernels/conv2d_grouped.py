@@ -250,13 +250,14 @@ def fill_grouped(
     transposed: bool,
 ) -> None:
     """Fill ``output`` with ``y``, or with ``gx`` if ``transposed``."""
-    images, channels, height, width = source.shape
-    _, out_size, out_height, out_width = output.shape
-    groups, out_width_, in_width, stride_in, stride_tap = _layout(weight, output if transposed else source)
+    images, _, height, width = source.shape
+    out_height, out_width = output.shape[2:]
+    groups, filters, in_width, stride_in, stride_tap = _layout(weight, output if transposed else source)
     constants = windows.constants(transposed)
-    red, out = (out_width_, in_width) if transposed else (in_width, out_width_)
+    red, out = (filters, in_width) if transposed else (in_width, filters)
     stride_row = in_width * windows.taps
-    block_m, block_n, block_k = 64, _block(out), _block(red)
+    precision = precision_of(source.dtype, allow_tf32)
+    block_m, block_n, block_k = 64, _block(out), _block(red, _reduction(source, precision))
     rows = images * triton.cdiv(out_height, constants["PHASES"][0]) * triton.cdiv(out_width, constants["PHASES"][1])
     tiles = constants["PHASES"][0] * constants["PHASES"][1] * triton.cdiv(rows, block_m) * groups * triton.cdiv(out, block_n)
     _grouped_kernel[(min(tiles, 4 * num_programs(source.device)),)](
@@ -285,7 +286,7 @@ def fill_grouped(
         **constants,
         TRANSPOSED=transposed,
         BIAS=bias is not None,
-        PRECISION=precision_of(source.dtype, allow_tf32),
+        PRECISION=precision,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
@@ -310,9 +311,10 @@ def grouped_grad_weight(
     images, _, height, width = x.shape
     _, size, out_height, out_width = grad.shape
     m = images * out_height * out_width
-    groups, out_width_, in_width, stride_in, stride_tap = _layout(weight, x)
-    block_m, block_n, block_k = 64, _block(out_width_), _block(in_width)
-    tiles = triton.cdiv(out_width_, block_n) * triton.cdiv(in_width, block_k) * windows.taps
+    groups, filters, in_width, stride_in, stride_tap = _layout(weight, x)
+    precision = precision_of(x.dtype, allow_tf32)
+    block_m, block_n, block_k = _reduction(x, precision), _block(filters), _block(in_width)
+    tiles = triton.cdiv(filters, block_n) * triton.cdiv(in_width, block_k) * windows.taps
     programs = 4 * num_programs(x.device)
     parts = torch.empty((_SPLITS, weight.numel()), dtype=torch.float32, device=x.device)
     parts_bias = torch.empty((_SPLITS, size), dtype=torch.float32, device=x.device)
@@ -333,9 +335,9 @@ def grouped_grad_weight(
         stride_tap,
         OUT_SEGMENTS=segments.out,
         IN_SEGMENTS=segments.inner,
-        OUT_WIDTH=out_width_,
+        OUT_WIDTH=filters,
         IN_WIDTH=in_width,
-        OUT_VECTOR=_vector(grad, out_width_),
+        OUT_VECTOR=_vector(grad, filters),
         IN_VECTOR=_vector(x, in_width),
         SWITCHES=segments.switches,
         KERNEL=windows.kernel,
@@ -343,7 +345,7 @@ def grouped_grad_weight(
         PADDING=windows.padding,
         DILATION=windows.dilation,
         BIAS=bias is not None,
-        PRECISION=precision_of(x.dtype, allow_tf32),
+        PRECISION=precision,
         SPLITS=_SPLITS,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -351,7 +353,7 @@ def grouped_grad_weight(
         num_warps=4,
         num_stages=3,
     )
-    return add_copies(weight, bias, parts, parts_bias, control, slots, segments, m, tiles, out_width_, block_m, programs)
+    return add_copies(weight, bias, parts, parts_bias, control, slots, segments, m, tiles, filters, block_m, programs)
 
 
 def add_copies(
@@ -368,7 +370,7 @@ def add_copies(
     block_m: int,
     programs: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """``(gW, gb)`` of parts that ``programs`` programs made, of ``tiles`` tiles per ``tile`` active rows, from positions ``block_m`` at once."""
+    """``(gW, gb)`` of parts: ``programs`` made them, of ``tiles`` tiles per ``tile`` active rows, adding ``block_m`` positions at once."""
     results = [torch.empty_like(weight), None if bias is None else torch.empty_like(bias)]
     for result, copies in zip(results, (parts, parts_bias), strict=True):
         if result is not None:
@@ -400,8 +402,13 @@ def _layout(weight: Tensor, x: Tensor) -> tuple[int, int, int, int, int]:
     return groups, out_size // groups, in_width, *strides
 
 
-def _block(channels: int) -> int:
-    return min(max(triton.next_power_of_2(channels), 16), 64)
+def _block(channels: int, most: int = 64) -> int:
+    return min(max(triton.next_power_of_2(channels), 16), most)
+
+
+def _reduction(image: Tensor, precision: str) -> int:
+    """How much is multiplied at once: what registers hold."""
+    return 64 if image.element_size() == 2 else 32 if precision == "tf32" else 16
 
 
 def _vector(image: Tensor, channels: int) -> int:

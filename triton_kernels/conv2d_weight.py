@@ -6,9 +6,10 @@ With o over the active output channels, c over the active input channels, k over
     gb[o]       = sum_p gy[p, o]                                            zero for dormant o
 
 Images are channels_last. A fixed number of programs walks over the tiles of ``gW``, each of one tap: products for the active ones, whose
-sums over p are cut into as many parts as keep all programs busy, and zeros for what is dormant. A second kernel adds the parts up, always in
-the same order. The parts of a tile at the same positions run at about the same time, so that images come from memory once. If few input
-channels are left by capacity, the columns of a tile run through taps and channels together. While a switch is off, no tile is active.
+sums over p are cut into as many parts as keep all programs busy, and zeros for what is dormant. A second kernel adds the parts up, in the
+same order always. The parts of all tiles that sum over the same positions run at about the same time, so that images come from memory once.
+Of a segment's last tile only half is multiplied if that holds all that is active, either way. If input channels are few by capacity, the
+columns of a tile run through taps and channels together. While a switch is off, no tile is active.
 """
 
 from typing import NamedTuple
@@ -211,7 +212,7 @@ def _multiply_tile(
 
 
 @triton.jit
-def _grad_weight_kernel(
+def _convolution_grad_weight_kernel(
     grad,  # (m, n_size), the m positions of all outputs
     x,  # (images, height, width, k_size)
     result,
@@ -255,8 +256,6 @@ def _grad_weight_kernel(
 ):
     """``result = sum_p grad x`` and ``result_bias = sum_p grad``, or parts of these sums, which :func:`_add_parts_kernel` adds up."""
     taps: tl.constexpr = KERNEL[0] * KERNEL[1]
-    half_n: tl.constexpr = BLOCK_N // 2
-    half_k: tl.constexpr = BLOCK_K // 2
     n_size = known_multiple(n_size, OUT_VECTOR)
     k_size = known_multiple(k_size, IN_VECTOR)
     sizes = (height, width, out_height, out_width)
@@ -277,33 +276,14 @@ def _grad_weight_kernel(
         )
         first = item // tiles * length
         last = min(first + length, m)
-        rows = (begin_n, edge_n)
-        columns = (tap, begin_k, edge_k)
-        if edge_n - begin_n > half_n:
-            if edge_k - begin_k > half_k:
+        for variant in tl.static_range(4):
+            narrow_n = (edge_n - begin_n <= BLOCK_N // 2) == (variant // 2 == 1)
+            narrow_k = (edge_k - begin_k <= BLOCK_K // 2) == (variant % 2 == 1)
+            if narrow_n & narrow_k:
                 _multiply_tile(
-                    grad, x, result, parts, control, slots, rows, columns, item, splits, first, last, sizes, factors, n_size, k_size, strides,
-                    OUT_SEGMENTS, IN_SEGMENTS, KERNEL, STRIDE, PADDING, DILATION, FEW, LARGE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-                    BLOCK_N, BLOCK_K,
-                )  # fmt: skip
-            else:
-                _multiply_tile(
-                    grad, x, result, parts, control, slots, rows, columns, item, splits, first, last, sizes, factors, n_size, k_size, strides,
-                    OUT_SEGMENTS, IN_SEGMENTS, KERNEL, STRIDE, PADDING, DILATION, FEW, LARGE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-                    BLOCK_N, half_k,
-                )  # fmt: skip
-        else:
-            if edge_k - begin_k > half_k:
-                _multiply_tile(
-                    grad, x, result, parts, control, slots, rows, columns, item, splits, first, last, sizes, factors, n_size, k_size, strides,
-                    OUT_SEGMENTS, IN_SEGMENTS, KERNEL, STRIDE, PADDING, DILATION, FEW, LARGE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-                    half_n, BLOCK_K,
-                )  # fmt: skip
-            else:
-                _multiply_tile(
-                    grad, x, result, parts, control, slots, rows, columns, item, splits, first, last, sizes, factors, n_size, k_size, strides,
-                    OUT_SEGMENTS, IN_SEGMENTS, KERNEL, STRIDE, PADDING, DILATION, FEW, LARGE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-                    half_n, half_k,
+                    grad, x, result, parts, control, slots, (begin_n, edge_n), (tap, begin_k, edge_k), item, splits, first, last, sizes,
+                    factors, n_size, k_size, strides, OUT_SEGMENTS, IN_SEGMENTS, KERNEL, STRIDE, PADDING, DILATION, FEW, LARGE, PRECISION,
+                    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_N // (1 + variant // 2), BLOCK_K // (1 + variant % 2),
                 )  # fmt: skip
 
     if BIAS:
@@ -403,7 +383,7 @@ def _add_parts_kernel(
             tl.store(result_bias + n, tl.sum(total, axis=0).to(result_bias.dtype.element_ty), mask=n < edge_n)
 
 
-def grad_weight(
+def dense_grad_weight(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -443,7 +423,7 @@ def grad_weight(
         "GROUP": config.group,
         "WAVES": _WAVES,
     }
-    _grad_weight_kernel[(programs,)](
+    _convolution_grad_weight_kernel[(programs,)](
         grad,
         x,
         result,

@@ -62,15 +62,15 @@ class Windows(NamedTuple):
 @triton.jit
 def window(phase, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, TRANSPOSED: tl.constexpr):
     """``(first, count, offset)`` of the windows of a phase, along one axis."""
-    first = 0 * phase
-    count = first + KERNEL
-    offset = first - PADDING
+    first = 0
+    count = KERNEL
+    offset = -PADDING
     if TRANSPOSED:
-        count = 0 * phase
+        count = 0
         for k in tl.static_range(KERNEL):
             hit = (phase + PADDING + k * (STRIDE - DILATION % STRIDE)) % STRIDE == 0
             first = tl.where(hit & (count == 0), k, first)
-            count += hit.to(tl.int32)
+            count += tl.where(hit, 1, 0)
         offset = (phase + PADDING - first * DILATION) // STRIDE
     return first, count, offset
 
@@ -80,10 +80,16 @@ def positions(row, images, height, width, PHASES: tl.constexpr, LARGE: tl.conste
     """A tile's positions in an image of ``height`` and ``width``: phase, image, number within the phase, and which of them there are."""
     rows_h = tl.cdiv(height, PHASES[0])
     rows_w = tl.cdiv(width, PHASES[1])
-    per_phase = tl.cdiv(images * rows_h * rows_w, BLOCK_M)
-    phase_h = row // per_phase // PHASES[1]
-    phase_w = row // per_phase % PHASES[1]
-    m = row % per_phase * BLOCK_M + tl.arange(0, BLOCK_M)
+    if PHASES[0] * PHASES[1] == 1:
+        phase_h = 0
+        phase_w = 0
+        tile = row
+    else:
+        per_phase = tl.cdiv(images * rows_h * rows_w, BLOCK_M)
+        phase_h = row // per_phase // PHASES[1]
+        phase_w = row // per_phase % PHASES[1]
+        tile = row % per_phase
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     image = m // (rows_h * rows_w)
     u = m // rows_w % rows_h
     v = m % rows_w
