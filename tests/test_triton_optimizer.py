@@ -9,7 +9,6 @@ import pickle
 
 import pytest
 import torch
-import triton.language as tl
 from contract import assert_as_exact
 from kernels import DEVICE
 from test_optim import RULES, Elements, active_mask, parameter, rules
@@ -108,22 +107,9 @@ def test_at_full_width_it_is_as_exact_as_torch(ours, theirs, options, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("rule", ["adamw", "amsgrad", "momentum", "nesterov"])
-def test_narrow_types(rule, dtype, monkeypatch):
-    if launch.INTERPRETED:
-        monkeypatch.setattr(interpreter, "_convert_float", rounding_to_nearest(interpreter._convert_float))
+def test_narrow_types(rule, dtype):
     ours, theirs, options = RULES[rule]
     check_exactness(ours, theirs, options, (33, 17), dtype)
-
-
-def rounding_to_nearest(convert):
-    """The interpreter cuts off what a bfloat16 does not hold; GPUs round."""
-
-    def rounded(values, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(values, source, target, mode)
-        return torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
-
-    return rounded
 
 
 def check_exactness(ours, theirs, options, shape, dtype):
