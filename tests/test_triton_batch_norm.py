@@ -9,7 +9,7 @@ from test_triton_linear import DTYPES, functional
 
 from esper_elastic.triton_kernels.batch_norm import Config, batch_norm_backward, batch_norm_eval, batch_norm_forward
 
-SMALL = Config(tile=512, warps=4, stages=2)
+SMALL = Config(tile=512, warps=4, stages=2, programs=1)
 TINY = SMALL._replace(tile=64)
 AXES = {
     "one": [Segment(1, 24)],
@@ -23,14 +23,15 @@ AXES = {
 }
 # sizes but that of the channels, and tiles: of part of an image, of one, and of several
 SHAPES = {
-    "vector": ((70,), SMALL),
-    "one pixel": ((3, 1, 1), SMALL),
-    "small images": ((9, 3, 3), SMALL),
-    "image": ((3, 4, 8), TINY),
-    "large image": ((2, 1, 150), TINY),
-    "sequence": ((2, 7), SMALL),
+    "vector": ((70,), SMALL, True),
+    "one pixel": ((3, 1, 1), SMALL, False),
+    "small images": ((9, 3, 3), SMALL, False),
+    "image": ((3, 4, 8), TINY, False),
+    "large image": ((2, 1, 70), TINY, False),
+    "many pixels": ((2, 1, 70), TINY, True),
+    "sequence": ((2, 7), SMALL, False),
+    "sequence, channels last": ((2, 7), SMALL, True),
 }
-IMAGES = (5, 3, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -41,58 +42,55 @@ def _seed():
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("axis", AXES)
 def test_forward_and_gradients_are_those_of_the_active_features(axis, channels_last):
-    check(AXES[axis], torch.float32, IMAGES, channels_last)
+    check(AXES[axis], torch.float32, (5, 3, 3), channels_last)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes(shape, channels_last):
-    sizes, config = SHAPES[shape]
+def test_shapes(shape):
+    sizes, config, channels_last = SHAPES[shape]
     check([Segment(3, 5)], torch.float32, sizes, channels_last, config=config, residual=True, activation="relu")
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_residual_and_activation_are_fused(dtype, activation):
-    check(AXES["odd"], dtype, IMAGES, True, activation=activation, residual=True)
-    check(AXES["concat"], dtype, IMAGES, False, activation=activation)
+    check(AXES["odd"], dtype, (5, 3, 3), dtype != torch.float16, activation=activation, residual=True)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
-@pytest.mark.parametrize("activation", ["none", "silu"])
-def test_eval(activation, channels_last):
-    for residual in (False, True):
-        check(AXES["odd"], torch.float32, IMAGES, channels_last, activation=activation, residual=residual, training=False)
-    check(AXES["concat"], torch.bfloat16, IMAGES, channels_last, activation=activation, training=False)
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_eval(residual, channels_last):
+    activation = "silu" if residual else "none"
+    check(AXES["concat"], torch.bfloat16, (5, 3, 3), channels_last, activation=activation, residual=residual, training=False)
 
 
 @pytest.mark.parametrize("parameters", ["", "w"], ids=["no parameters", "no bias"])
 def test_parameters_may_be_missing(parameters):
-    check(AXES["odd"], torch.float32, IMAGES, True, parameters=parameters, activation="gelu")
-    check(AXES["odd"], torch.float32, IMAGES, False, parameters=parameters, training=False)
+    check(AXES["odd"], torch.float32, (5, 3, 3), True, parameters=parameters, activation="gelu")
 
 
 @pytest.mark.parametrize("tracked", ["", "s", "n"], ids=["nothing tracked", "statistics only", "batches only"])
 def test_statistics_need_not_be_tracked(tracked):
-    check(AXES["odd"], torch.float32, IMAGES, True, tracked=tracked)
+    check(AXES["odd"], torch.float32, (5, 3, 3), True, tracked=tracked)
 
 
-@pytest.mark.parametrize("axis", ["odd", "concat"])
-def test_without_momentum_the_share_of_a_batch_is_one_over_their_count(axis):
-    check(AXES[axis], torch.float32, IMAGES, False, momentum=None)
+def test_without_momentum_the_share_of_a_batch_is_one_over_their_count():
+    check(AXES["odd"], torch.float32, (5, 3, 3), False, momentum=None)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("switches", [(1,), (0,), (1, 0)], ids=str)
+@pytest.mark.parametrize("switches", [(0,), (1, 0)], ids=str)
 def test_a_switch_that_is_off_leaves_zeros_and_writes_no_statistics(switches, training):
-    check(AXES["odd"], torch.float32, IMAGES, True, switches=switches, residual=True, activation="gelu", training=training)
-    check(AXES["concat"], torch.float32, IMAGES, False, switches=switches, momentum=None, training=training)
+    check(AXES["odd"], torch.float32, (5, 3, 3), True, switches=switches, residual=True, activation="gelu", training=training)
+
+
+def test_switches_that_are_on():
+    check(AXES["odd"], torch.float32, (5, 3, 3), True, switches=(1, 1))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
 def test_as_configured_and_with_parameters_of_a_wider_type(channels_last):
-    check([Segment(70, 136)], torch.bfloat16, (3, 7, 7), channels_last, config=None, parameter_dtype=torch.float32, residual=True)
-    check(AXES["odd"], torch.float32, (2, 20, 50), channels_last, config=None, activation="relu")
+    check([Segment(70, 72)], torch.bfloat16, (3, 7, 7), channels_last, config=None, parameter_dtype=torch.float32, residual=True)
 
 
 def test_operands_of_any_strides():
@@ -119,7 +117,7 @@ def test_the_first_pixel_may_be_far_from_the_others():
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels last"])
 def test_results_are_the_same_in_every_run(channels_last):
     at = widths(AXES["odd"])
-    x, grad = (torch.randn(5, 24, 9, 5, device=DEVICE) for _ in range(2))
+    x, grad = (torch.randn(3, 24, 5, 5, device=DEVICE) for _ in range(2))
     if channels_last:
         x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     weight, bias = (torch.randn(24, device=DEVICE) for _ in range(2))
@@ -165,7 +163,7 @@ def check(
     n = len(at.active[0])
     channels, features = (1, at.active[0], at.capacity[0]), (0, at.active[0], at.capacity[0])
     x, grad, add = (torch.randn(shape[0], n, *shape[1:], dtype=torch.float64) for _ in range(3))
-    grad += 0.5 * x + 0.5  # so that no sum cancels to nothing: PyTorch's are of double precision on the CPU
+    grad += 0.25 * x + 0.25  # so that no sum cancels to nothing: PyTorch's are of double precision on the CPU
     x += offset
     if corner is not None:
         x.flatten(2)[0, :, 0] = corner

@@ -37,11 +37,12 @@ from .widths import count_tiles, locate_tile, switched_on
 
 
 class Config(NamedTuple):
-    """How many elements a tile has, and how many warps and pipeline stages work on it."""
+    """How many elements a tile has, how many warps and pipeline stages work on it, and how many programs on a multiprocessor."""
 
     tile: int
     warps: int
     stages: int
+    programs: int
 
 
 class _Format(NamedTuple):
@@ -57,9 +58,9 @@ _PARTS: int = 64  # how many parts are joined at once
 _LANES: int = 16  # of how many channels
 
 
-def _configure(itemsize: int) -> Config:
-    """Not tuned yet: what leaves registers for two programs per multiprocessor, and loads two tiles ahead."""
-    return Config(2048, 8, 3 if itemsize == 2 else 2)
+# Not tuned yet: what leaves registers for all programs at once, with two tiles of each operand on their way.
+CONFIG = Config(tile=4096, warps=8, stages=3, programs=2)
+CONFIG_NARROW = Config(tile=2048, warps=8, stages=3, programs=2)  # backward, and where every element has an address of its own
 
 
 @triton.jit
@@ -69,16 +70,7 @@ def _load(source, place, mask):
 
 @triton.jit
 def _store(target, place, mask, value):
-    tl.store(target + place, value.to(target.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _count_steps(rows, pixels, CHANNELS_LAST: tl.constexpr, ELEMENTS: tl.constexpr, SPAN: tl.constexpr):
-    """Into how many steps the elements of a channel are cut: of ELEMENTS rows, or of SPAN pixels of some images. At least one."""
-    steps = tl.cdiv(rows, ELEMENTS)
-    if not CHANNELS_LAST:
-        steps = tl.cdiv(rows, ELEMENTS // SPAN) * tl.cdiv(pixels, SPAN)
-    return max(steps, 1)
+    tl.store(target + place, value.to(tl.float32).to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -190,6 +182,7 @@ def _clear_dormant(
     rows,
     channels,
     pixels,
+    steps,
     SEGMENTS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -199,7 +192,6 @@ def _clear_dormant(
 ):
     """Zeros in the tiles that are dormant; all programs take part."""
     active, total = count_tiles(control, slots, on, channels, 0, SEGMENTS, CHANNELS)
-    steps = _count_steps(rows, pixels, CHANNELS_LAST, ELEMENTS, SPAN)
     for item in range(tl.program_id(0), (total - active) * steps, tl.num_programs(0)):
         c, _, _, own = _locate_channels(control, slots, on, active + item // steps, channels, SEGMENTS, CHANNELS_LAST, VECTOR, CHANNELS)
         base, exists = _locate_step(item % steps, rows, channels, pixels, CHANNELS_LAST, ELEMENTS, SPAN)
@@ -211,7 +203,7 @@ def _clear_dormant(
 @triton.jit
 def _sum_kernel(
     x,
-    parts,  # float32, per part CHANNELS means and CHANNELS sums of squared distances from them
+    parts,  # float32, per part and channel: the shift, the mean distance from it, the sum of squared distances from the mean
     numbers,  # float32, per part, of how many elements
     batches,
     control,
@@ -219,6 +211,7 @@ def _sum_kernel(
     rows,
     channels,
     pixels,
+    steps,
     SEGMENTS: tl.constexpr,
     SWITCHES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -235,7 +228,6 @@ def _sum_kernel(
         tl.store(batches, tl.load(batches) + on)
     channels, pixels = _tell_multiples(channels, pixels, CHANNELS_LAST, VECTOR)
     tiles = count_tiles(control, slots, on, channels, 0, SEGMENTS, CHANNELS)[0]
-    steps = _count_steps(rows, pixels, CHANNELS_LAST, ELEMENTS, SPAN)
     first, last = _piece(tiles * steps)
     for tile in range(first // steps, tl.cdiv(last, steps)):
         c, _, loaded, _ = _locate_channels(control, slots, on, tile, channels, SEGMENTS, CHANNELS_LAST, VECTOR, CHANNELS)
@@ -257,9 +249,10 @@ def _sum_kernel(
             total += number
         beyond = tl.sum(sums, 1)
         part = tl.program_id(0) + tile
-        place = part * 2 * CHANNELS + tl.arange(0, CHANNELS)
-        tl.store(parts + place, shift + beyond / total)
-        tl.store(parts + place + CHANNELS, tl.maximum(tl.sum(squares, 1) - beyond * (beyond / total), 0.0))
+        place = part * 3 * CHANNELS + tl.arange(0, CHANNELS)
+        tl.store(parts + place, shift)
+        tl.store(parts + place + CHANNELS, beyond / total)
+        tl.store(parts + place + 2 * CHANNELS, tl.maximum(tl.sum(squares, 1) - beyond * (beyond / total), 0.0))
         tl.store(numbers + part, tl.cast(total, tl.float32))
 
 
@@ -271,6 +264,12 @@ def _tell_multiples(channels, pixels, CHANNELS_LAST: tl.constexpr, VECTOR: tl.co
     else:
         pixels = round_up(pixels, VECTOR)
     return channels, pixels
+
+
+@triton.jit
+def _load_mean(parts, place, mask, CHANNELS: tl.constexpr):
+    """The mean of a part, with more digits than float32 has: between parts it is the difference that counts."""
+    return _load(parts, place, mask).to(tl.float64) + _load(parts, place + CHANNELS, mask)
 
 
 @triton.jit
@@ -287,6 +286,7 @@ def _join_statistics_kernel(
     rows,
     channels,
     pixels,
+    steps,
     programs,  # that made the parts
     momentum,
     eps,
@@ -301,11 +301,10 @@ def _join_statistics_kernel(
     LANES: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Mean and rstd of all parts together (Chan, Golub and LeVeque 1979), LANES channels at a time; moves the running statistics."""
+    """Mean and rstd of all parts together (Chan, Golub and LeVeque 1979), in float64; moves the running statistics."""
     on = switched_on(control, slots, SEGMENTS, SWITCHES)
     tiles = count_tiles(control, slots, on, channels, 0, SEGMENTS, CHANNELS)[0]
-    steps = _count_steps(rows, pixels, CHANNELS_LAST, ELEMENTS, SPAN)
-    count = tl.cast(rows, tl.float32) * pixels
+    count = tl.cast(rows, tl.float64) * pixels
     share = momentum
     if CUMULATIVE:
         share = 1.0 / tl.load(batches).to(tl.float32)
@@ -314,24 +313,25 @@ def _join_statistics_kernel(
         tile = item // strips
         lane = item % strips * LANES + tl.arange(0, LANES)
         first, last = _parts_of(tile, tiles, steps, programs)
-        sums = tl.zeros((LANES, PARTS), dtype=tl.float32)
+        sums = tl.zeros((LANES, PARTS), dtype=tl.float64)
         for part in range(first, last, PARTS):
             p = part + tl.arange(0, PARTS)
-            place = p[None, :] * 2 * CHANNELS + lane[:, None]
-            sums += _load(parts, place, (p < last)[None, :]) * _load(numbers, p, p < last)[None, :]
+            place = p[None, :] * 3 * CHANNELS + lane[:, None]
+            number = _load(numbers, p, p < last)[None, :]
+            sums += _load_mean(parts, place, (p < last)[None, :], CHANNELS) * number
         centre = tl.sum(sums, 1) / count
-        squares = tl.zeros((LANES, PARTS), dtype=tl.float32)
+        squares = tl.zeros((LANES, PARTS), dtype=tl.float64)
         for part in range(first, last, PARTS):
             p = part + tl.arange(0, PARTS)
-            place = p[None, :] * 2 * CHANNELS + lane[:, None]
-            distance = _load(parts, place, (p < last)[None, :]) - centre[:, None]
-            squares += _load(parts, place + CHANNELS, (p < last)[None, :])
-            squares += distance * distance * _load(numbers, p, p < last)[None, :]
+            place = p[None, :] * 3 * CHANNELS + lane[:, None]
+            number = _load(numbers, p, p < last)[None, :]
+            distance = _load_mean(parts, place, (p < last)[None, :], CHANNELS) - centre[:, None]
+            squares += distance * distance * number + _load(parts, place + 2 * CHANNELS, (p < last)[None, :])
         sum_of_squares = tl.sum(squares, 1)
         begin, edge, _ = locate_tile(control, slots, on, tile, channels, 0, SEGMENTS, CHANNELS)
         c = begin + lane
-        tl.store(mean + c, centre, mask=c < edge)
-        tl.store(rstd + c, 1 / tl.sqrt(sum_of_squares / count + eps), mask=c < edge)
+        _store(mean, c, c < edge, centre)
+        _store(rstd, c, c < edge, 1 / tl.sqrt(sum_of_squares / count + eps))
         if RUNNING:
             old = _load(running_mean, c, c < edge)
             _store(running_mean, c, c < edge, old + share * (centre - old))
@@ -353,6 +353,7 @@ def _normalise_kernel(
     rows,
     channels,
     pixels,
+    steps,
     eps,
     SEGMENTS: tl.constexpr,
     SWITCHES: tl.constexpr,
@@ -372,7 +373,6 @@ def _normalise_kernel(
     on = switched_on(control, slots, SEGMENTS, SWITCHES)
     channels, pixels = _tell_multiples(channels, pixels, CHANNELS_LAST, VECTOR)
     tiles = count_tiles(control, slots, on, channels, 0, SEGMENTS, CHANNELS)[0]
-    steps = _count_steps(rows, pixels, CHANNELS_LAST, ELEMENTS, SPAN)
     first, last = _piece(tiles * steps)
     for tile in range(first // steps, tl.cdiv(last, steps)):
         c, active, loaded, own = _locate_channels(control, slots, on, tile, channels, SEGMENTS, CHANNELS_LAST, VECTOR, CHANNELS)
@@ -384,12 +384,12 @@ def _normalise_kernel(
         for back in tl.range(0, stop - start, num_stages=STAGES):
             base, exists = _locate_step(stop - 1 - back, rows, channels, pixels, CHANNELS_LAST, ELEMENTS, SPAN)
             mask = loaded[:, None] & exists[None, :]
-            value = (_load(x, base + offset, mask) - centre) * scale * w + b
+            value = (_load(x, base + offset, mask) - centre) * (scale * w) + b
             if RESIDUAL:
                 value += _load(residual, base + offset, mask)
             value = tl.where(active[:, None], activate(value, ACTIVATION), 0.0)
             _store(y + base, offset, own[:, None] & exists[None, :], value)
-    _clear_dormant(y, control, slots, on, rows, channels, pixels, SEGMENTS, CHANNELS_LAST, VECTOR, CHANNELS, ELEMENTS, SPAN)
+    _clear_dormant(y, control, slots, on, rows, channels, pixels, steps, SEGMENTS, CHANNELS_LAST, VECTOR, CHANNELS, ELEMENTS, SPAN)
 
 
 @triton.jit
@@ -409,6 +409,7 @@ def _sum_gradients_kernel(
     rows,
     channels,
     pixels,
+    steps,
     eps,
     SEGMENTS: tl.constexpr,
     SWITCHES: tl.constexpr,
@@ -428,7 +429,6 @@ def _sum_gradients_kernel(
     on = switched_on(control, slots, SEGMENTS, SWITCHES)
     channels, pixels = _tell_multiples(channels, pixels, CHANNELS_LAST, VECTOR)
     tiles = count_tiles(control, slots, on, channels, 0, SEGMENTS, CHANNELS)[0]
-    steps = _count_steps(rows, pixels, CHANNELS_LAST, ELEMENTS, SPAN)
     first, last = _piece(tiles * steps)
     for tile in range(first // steps, tl.cdiv(last, steps)):
         c, active, loaded, own = _locate_channels(control, slots, on, tile, channels, SEGMENTS, CHANNELS_LAST, VECTOR, CHANNELS)
@@ -441,26 +441,28 @@ def _sum_gradients_kernel(
             base, exists = _locate_step(step, rows, channels, pixels, CHANNELS_LAST, ELEMENTS, SPAN)
             mask = loaded[:, None] & exists[None, :]
             written = own[:, None] & exists[None, :]
-            xhat = (_load(x, base + offset, mask) - centre) * scale
+            distance = _load(x, base + offset, mask) - centre
             g = _load(grad, base + offset, mask)
             if ACTIVATION != "none":
-                before = xhat * w + b
+                before = distance * (scale * w) + b
                 if RESIDUAL:
                     before += _load(residual, base + offset, mask)
                 g *= slope(before, ACTIVATION)
             sums += g
-            products += g * xhat
+            products += g * distance
             if RESIDUAL:
                 _store(grad_residual + base, offset, written, tl.where(active[:, None], g, 0.0))
             if not TRAINING:
-                _store(grad_x + base, offset, written, tl.where(active[:, None], g * w * scale, 0.0))
+                _store(grad_x + base, offset, written, tl.where(active[:, None], g * (scale * w), 0.0))
         place = (tl.program_id(0) + tile) * 2 * CHANNELS + tl.arange(0, CHANNELS)
         tl.store(parts + place, tl.sum(sums, 1))
-        tl.store(parts + place + CHANNELS, tl.sum(products, 1))
+        tl.store(parts + place + CHANNELS, tl.sum(products * scale, 1))
     if RESIDUAL:
-        _clear_dormant(grad_residual, control, slots, on, rows, channels, pixels, SEGMENTS, CHANNELS_LAST, VECTOR, CHANNELS, ELEMENTS, SPAN)
+        _clear_dormant(
+            grad_residual, control, slots, on, rows, channels, pixels, steps, SEGMENTS, CHANNELS_LAST, VECTOR, CHANNELS, ELEMENTS, SPAN
+        )
     if not TRAINING:
-        _clear_dormant(grad_x, control, slots, on, rows, channels, pixels, SEGMENTS, CHANNELS_LAST, VECTOR, CHANNELS, ELEMENTS, SPAN)
+        _clear_dormant(grad_x, control, slots, on, rows, channels, pixels, steps, SEGMENTS, CHANNELS_LAST, VECTOR, CHANNELS, ELEMENTS, SPAN)
 
 
 @triton.jit
@@ -474,6 +476,7 @@ def _join_gradients_kernel(
     rows,
     channels,
     pixels,
+    steps,
     programs,  # that made the parts
     SEGMENTS: tl.constexpr,
     SWITCHES: tl.constexpr,
@@ -489,15 +492,14 @@ def _join_gradients_kernel(
     """The parts of the gradients of the parameters added up, LANES channels at a time."""
     on = switched_on(control, slots, SEGMENTS, SWITCHES)
     tiles, all_tiles = count_tiles(control, slots, on, channels, 0, SEGMENTS, CHANNELS)
-    steps = _count_steps(rows, pixels, CHANNELS_LAST, ELEMENTS, SPAN)
     strips: tl.constexpr = CHANNELS // LANES
     for item in range(tl.program_id(0), all_tiles * strips, tl.num_programs(0)):
         tile = item // strips
         lane = item % strips * LANES + tl.arange(0, LANES)
         first, last = _parts_of(tile, tiles, steps, programs)
         last = tl.where(tile < tiles, last, first)
-        sum_g = tl.zeros((LANES, PARTS), dtype=tl.float32)
-        sum_products = tl.zeros((LANES, PARTS), dtype=tl.float32)
+        sum_g = tl.zeros((LANES, PARTS), dtype=tl.float64)
+        sum_products = tl.zeros((LANES, PARTS), dtype=tl.float64)
         for part in range(first, last, PARTS):
             p = part + tl.arange(0, PARTS)
             place = p[None, :] * 2 * CHANNELS + lane[:, None]
@@ -507,8 +509,8 @@ def _join_gradients_kernel(
         c = begin + lane
         total_g = tl.where(c < edge, tl.sum(sum_g, 1), 0.0)
         total_products = tl.where(c < edge, tl.sum(sum_products, 1), 0.0)
-        tl.store(sums + c, total_g, mask=c < edge)
-        tl.store(sums + channels + c, total_products, mask=c < edge)
+        _store(sums, c, c < edge, total_g)
+        _store(sums + channels, c, c < edge, total_products)
         if WEIGHT:
             _store(grad_weight, c, c < end, total_products)
         if BIAS:
@@ -530,6 +532,7 @@ def _grad_input_kernel(
     rows,
     channels,
     pixels,
+    steps,
     SEGMENTS: tl.constexpr,
     SWITCHES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -546,7 +549,6 @@ def _grad_input_kernel(
     on = switched_on(control, slots, SEGMENTS, SWITCHES)
     channels, pixels = _tell_multiples(channels, pixels, CHANNELS_LAST, VECTOR)
     tiles = count_tiles(control, slots, on, channels, 0, SEGMENTS, CHANNELS)[0]
-    steps = _count_steps(rows, pixels, CHANNELS_LAST, ELEMENTS, SPAN)
     share = 1.0 / (tl.cast(rows, tl.float32) * pixels)
     first, last = _piece(tiles * steps)
     for tile in range(first // steps, tl.cdiv(last, steps)):
@@ -564,10 +566,10 @@ def _grad_input_kernel(
             distance = _load(x, base + offset, mask) - centre
             g = _load(grad, base + offset, mask)
             if ACTIVATION != "none":
-                g *= slope(distance * scale * w + b, ACTIVATION)
+                g *= slope(distance * (scale * w) + b, ACTIVATION)
             result = tl.where(active[:, None], (g - mean_g - distance * (scale * along)) * (scale * w), 0.0)
             _store(grad_x + base, offset, own[:, None] & exists[None, :], result)
-    _clear_dormant(grad_x, control, slots, on, rows, channels, pixels, SEGMENTS, CHANNELS_LAST, VECTOR, CHANNELS, ELEMENTS, SPAN)
+    _clear_dormant(grad_x, control, slots, on, rows, channels, pixels, steps, SEGMENTS, CHANNELS_LAST, VECTOR, CHANNELS, ELEMENTS, SPAN)
 
 
 def batch_norm_forward(
@@ -592,11 +594,12 @@ def batch_norm_forward(
     Moves the active part of the running statistics and counts the batch; without ``momentum``, the batch's share is one over the count.
     """
     x, form = _format(x)
-    config = config or _configure(x.element_size())
-    mean, rstd = (torch.empty(form.channels, dtype=torch.float32, device=x.device) for _ in range(2))
-    where, sizes = (control, slots), (form.rows, form.channels, form.pixels)
+    config = config or (CONFIG if _vector(form, segments) > 1 else CONFIG_NARROW)
+    new = torch.empty if x.numel() > 0 else torch.zeros
+    mean, rstd = (new(form.channels, dtype=torch.float32, device=x.device) for _ in range(2))
     tiles, vector = _tiles(form, segments, config)
-    programs = _num_programs(x)
+    where, sizes = (control, slots), _sizes(form, tiles)
+    programs = config.programs * num_programs(x.device)
     parts, numbers = _workspace(form, tiles, segments, programs, x.device)
     _sum_kernel[(programs,)](
         x,
@@ -652,7 +655,7 @@ def batch_norm_eval(
 ) -> Tensor:
     """``y`` by the running statistics."""
     x, form = _format(x)
-    config = config or _configure(x.element_size())
+    config = config or (CONFIG if _vector(form, segments) > 1 else CONFIG_NARROW)
     return _normalise(x, form, weight, bias, residual, running_mean, running_var, control, slots, segments, False, eps, activation, config)
 
 
@@ -674,7 +677,7 @@ def _normalise(
 ) -> Tensor:
     y = torch.empty_like(x)
     tiles, vector = _tiles(form, segments, config)
-    _normalise_kernel[(_num_programs(x),)](
+    _normalise_kernel[(config.programs * num_programs(x.device),)](
         x,
         weight,
         bias,
@@ -684,9 +687,7 @@ def _normalise(
         spread,
         control,
         slots,
-        form.rows,
-        form.channels,
-        form.pixels,
+        *_sizes(form, tiles),
         eps,
         **tiles,
         **vector,
@@ -723,14 +724,14 @@ def batch_norm_backward(
     ``mean`` and ``spread`` are mean and rstd of the batch in training, mean and variance of the running statistics otherwise.
     """
     x, form = _format(x)
-    config = config or _configure(x.element_size())
+    config = config or CONFIG_NARROW
     grad = _as(grad, form)
     grad_x = torch.empty_like(x)
     grad_weight, grad_bias = (None if t is None else torch.empty_like(t) for t in (weight, bias))
     grad_residual = None if residual is None else torch.empty_like(x)
-    where, sizes = (control, slots), (form.rows, form.channels, form.pixels)
     tiles, vector = _tiles(form, segments, config)
-    programs = _num_programs(x)
+    where, sizes = (control, slots), _sizes(form, tiles)
+    programs = config.programs * num_programs(x.device)
     parts, _ = _workspace(form, tiles, segments, programs, x.device)
     sums = torch.empty(2 * form.channels, dtype=torch.float32, device=x.device)
     parameters = {"WEIGHT": weight is not None, "BIAS": bias is not None}
@@ -821,16 +822,21 @@ def _tiles(form: _Format, segments: Segments, config: Config) -> tuple[dict[str,
         "ELEMENTS": config.tile // channels,
         "SPAN": span,
     }
-    return tiles, {"VECTOR": vector_of(form.channels, segments.aligned) if form.channels_last else vector_of(form.pixels)}
+    return tiles, {"VECTOR": _vector(form, segments)}
 
 
-def _num_programs(x: Tensor) -> int:
-    """Two per multiprocessor: none waits for another to end."""
-    return 2 * num_programs(x.device)
+def _vector(form: _Format, segments: Segments) -> int:
+    return vector_of(form.channels, segments.aligned) if form.channels_last else vector_of(form.pixels)
+
+
+def _sizes(form: _Format, tiles: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Rows, channels, pixels, and into how many steps the elements of a channel are cut: of rows, or of a span of pixels of some images."""
+    images = tiles["ELEMENTS"] // tiles["SPAN"]
+    return form.rows, form.channels, form.pixels, max(1, triton.cdiv(form.rows, images) * triton.cdiv(form.pixels, tiles["SPAN"]))
 
 
 def _workspace(form: _Format, tiles: dict[str, Any], segments: Segments, programs: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for the parts of all tiles at any width: two numbers per channel, and one."""
+    """Room for the parts of all tiles at any width: three numbers per channel, and one."""
     parts = programs + triton.cdiv(form.channels, tiles["CHANNELS"]) + segments.out
-    sums, numbers = (torch.empty(parts * count, dtype=torch.float32, device=device) for count in (2 * tiles["CHANNELS"], 1))
+    sums, numbers = (torch.empty(parts * count, dtype=torch.float32, device=device) for count in (3 * tiles["CHANNELS"], 1))
     return sums, numbers
