@@ -310,17 +310,17 @@ def _backward_kernel(
                 if RESIDUAL:
                     _store(grad_residual, base + c, c < extent, g)
                 _store(grad_x, base + c, c < extent, tl.where(active, (g * w - shift - xhat * along) * scale, 0.0))
-        ROWS: tl.constexpr = ELEMENTS // COLUMNS
+        TALL: tl.constexpr = ELEMENTS // COLUMNS
         blocks = tl.cdiv(extent, COLUMNS)
         splits = _num_parts(extent, rows, tl.num_programs(0), BLOCK, COLUMNS)
         for item in range(tl.program_id(0), tl.where(WEIGHT or BIAS, blocks * splits, 0), tl.num_programs(0)):
             c = item % blocks * COLUMNS + tl.arange(0, COLUMNS)
             active, loaded = find_active(control, slots, c, FIXED, SEGMENTS, VECTOR)
             w, b = _parameters(weight, bias, c, active, loaded, WEIGHT, BIAS)
-            sum_w = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-            sum_b = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-            for tile in range(item // blocks, tl.cdiv(rows, ROWS), splits):
-                r = tile * ROWS + tl.arange(0, ROWS)
+            sum_w = tl.zeros((TALL, COLUMNS), dtype=tl.float32)
+            sum_b = tl.zeros((TALL, COLUMNS), dtype=tl.float32)
+            for tile in range(item // blocks, tl.cdiv(rows, TALL), splits):
+                r = tile * TALL + tl.arange(0, TALL)
                 place = r[:, None].to(tl.int64) * size + c[None, :]
                 mask = (r < rows)[:, None] & loaded[None, :]
                 scale = tl.load(rstd + r, mask=r < rows, other=0.0)
