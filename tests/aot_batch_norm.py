@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from kernels import Segment, widths
 
-from esper_elastic.triton_kernels.batch_norm import batch_norm_backward, batch_norm_eval, batch_norm_forward
+from esper_elastic.triton_kernels.batch_norm import batch_norm_apply, batch_norm_backward, batch_norm_statistics
 
 
 def launch_all(
@@ -22,9 +22,9 @@ def launch_all(
     where = (at.control, at.slots, at.segments)
     for residual, momentum in ((None, 0.1), (x, None)):
         operands = (x, weight, bias, residual)
-        _, *saved = batch_norm_forward(*operands, mean, var, torch.tensor(0), *where, momentum, 1e-5, activation)
-        batch_norm_eval(*operands, mean, var, *where, 1e-5, activation)
+        saved = batch_norm_statistics(x, mean, var, torch.tensor(0), *where, momentum, 1e-5)
         for training in (True, False):
+            batch_norm_apply(*operands, *saved, *where, training, 1e-5, activation)
             batch_norm_backward(x, *operands, *saved, *where, training, 1e-5, activation)
 
 

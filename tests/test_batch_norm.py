@@ -26,6 +26,7 @@ MAKERS = {
 
 class TestBatchNorm1d(Contract):
     num_axes = 1
+    has_kernels = True
     entering = leaving = 0
     unit = 1
 

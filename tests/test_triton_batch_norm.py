@@ -7,7 +7,7 @@ from contract import assert_as_exact
 from kernels import DEVICE, Segment, active_part, poisoned, widths
 from test_triton_linear import DTYPES, functional
 
-from esper_elastic.triton_kernels.batch_norm import Config, batch_norm_backward, batch_norm_eval, batch_norm_forward
+from esper_elastic.triton_kernels.batch_norm import Config, batch_norm_apply, batch_norm_backward, batch_norm_statistics
 
 SMALL = Config(tile=512, warps=4, stages=2, programs=1)
 TINY = SMALL._replace(tile=64)
@@ -217,3 +217,15 @@ def check(
         dormant = torch.ones(at.capacity[0], dtype=torch.bool).index_fill(0, at.active[0], False)
         assert tensor is None or tensor.cpu()[dormant].isnan().all(), "dormant statistics were written"
     assert batches is None or batches == 4 + at.on, "batches"
+
+
+def batch_norm_forward(x, weight, bias, residual, mean, var, batches, *rest, config=None):
+    """Output, mean and rstd of a batch in training."""
+    *where, momentum, eps, activation = rest if len(rest) == 6 else (*rest, "none")
+    saved = batch_norm_statistics(x, mean, var, batches, *where, momentum, eps, config=config)
+    return batch_norm_apply(x, weight, bias, residual, *saved, *where, True, eps, activation, config=config), *saved
+
+
+def batch_norm_eval(x, weight, bias, residual, mean, var, *rest, config=None):
+    *where, eps, activation = rest
+    return batch_norm_apply(x, weight, bias, residual, mean, var, *where, False, eps, activation, config=config)

@@ -572,11 +572,8 @@ def _grad_input_kernel(
     _clear_dormant(grad_x, control, slots, on, rows, channels, pixels, steps, SEGMENTS, CHANNELS_LAST, VECTOR, CHANNELS, ELEMENTS, SPAN)
 
 
-def batch_norm_forward(
+def batch_norm_statistics(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -585,11 +582,10 @@ def batch_norm_forward(
     segments: Segments,
     momentum: float | None,
     eps: float,
-    activation: str = "none",
     *,
     config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(y, mean, rstd)`` of a batch in training; of each active channel the last two, in float32.
+) -> tuple[Tensor, Tensor]:
+    """``(mean, rstd)`` of a batch in training, in float32; those of dormant channels are undefined.
 
     Moves the active part of the running statistics and counts the batch; without ``momentum``, the batch's share is one over the count.
     """
@@ -634,34 +630,11 @@ def batch_norm_forward(
             LANES=min(_LANES, tiles["CHANNELS"]),
             PARTS=_PARTS,
         )
-    y = _normalise(x, form, weight, bias, residual, mean, rstd, control, slots, segments, True, eps, activation, config)
-    return y, mean, rstd
+    return mean, rstd
 
 
-def batch_norm_eval(
+def batch_norm_apply(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    control: Tensor,
-    slots: Tensor,
-    segments: Segments,
-    eps: float,
-    activation: str = "none",
-    *,
-    config: Config | None = None,
-) -> Tensor:
-    """``y`` by the running statistics."""
-    x, form = _format(x)
-    config = config or (CONFIG if _vector(form, segments) > 1 else CONFIG_NARROW)
-    return _normalise(x, form, weight, bias, residual, running_mean, running_var, control, slots, segments, False, eps, activation, config)
-
-
-def _normalise(
-    x: Tensor,
-    form: _Format,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -672,9 +645,13 @@ def _normalise(
     segments: Segments,
     training: bool,
     eps: float,
-    activation: str,
-    config: Config,
+    activation: str = "none",
+    *,
+    config: Config | None = None,
 ) -> Tensor:
+    """``y``. ``mean`` and ``spread`` are mean and rstd of the batch in training, mean and variance of the running statistics otherwise."""
+    x, form = _format(x)
+    config = config or (CONFIG if _vector(form, segments) > 1 else CONFIG_NARROW)
     y = torch.empty_like(x)
     tiles, vector = _tiles(form, segments, config)
     _normalise_kernel[(config.programs * num_programs(x.device),)](
@@ -826,7 +803,7 @@ def _tiles(form: _Format, segments: Segments, config: Config) -> tuple[dict[str,
 
 
 def _vector(form: _Format, segments: Segments) -> int:
-    return vector_of(form.channels, segments.aligned) if form.channels_last else vector_of(form.pixels)
+    return vector_of(form.channels, segments.aligned != 0) if form.channels_last else vector_of(form.pixels)
 
 
 def _sizes(form: _Format, tiles: dict[str, Any]) -> tuple[int, int, int, int]:

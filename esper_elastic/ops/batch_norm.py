@@ -55,7 +55,12 @@ def batch_norm(
         raise ValueError(f"{widths.label}: eps: expected a positive number, or zero in eval mode, got {eps}.")
     if num_batches_tracked is None and momentum is None:
         momentum = 0.0
-    if widths.serving() != "native":
+    backend = widths.serving(input, weight, bias, running_mean, running_var)
+    if backend == "triton":
+        from . import triton
+
+        return triton.batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, widths, training, momentum, eps)
+    if backend != "native":
         return reference.batch_norm(input, weight, bias, running_mean, running_var, num_batches_tracked, widths, training, momentum, eps)
     control, slots, compact = widths.control, widths.slots, not widths.static
     if training:
