@@ -8,7 +8,7 @@ import triton.language as tl
 from contract import assert_as_exact
 from kernels import DEVICE, Segment, active_part, poisoned, widths
 
-from esper_elastic.triton_kernels import conv2d_dense, conv2d_weight
+from esper_elastic.triton_kernels import conv2d_dense, conv2d_depthwise, conv2d_grouped, conv2d_weight
 from esper_elastic.triton_kernels.conv2d import conv2d_forward, conv2d_grad_input, conv2d_grad_weight
 from esper_elastic.triton_kernels.conv2d_dense import Config
 from esper_elastic.triton_kernels.conv2d_weight import WeightConfig
@@ -77,7 +77,7 @@ def test_windows_of_groups(geometry):
     check_grouped("depthwise, unaligned", geometry)
 
 
-@pytest.mark.parametrize("axes", ["odd", "few"])
+@pytest.mark.parametrize("axes", ["unaligned", "few"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_narrow_types(axes, dtype):
     check(*AXES[axes], dtype=dtype)
@@ -99,7 +99,7 @@ def test_contiguous_weights_of_groups():
     check_grouped("depthwise, unaligned", "plain", weight_format=torch.contiguous_format)
 
 
-@pytest.mark.parametrize("axes", ["full", "unaligned", "odd concat"])
+@pytest.mark.parametrize("axes", ["full", "unaligned"])
 def test_tiles_as_configured(axes):
     check(*AXES[axes], geometry="one position", config=None, weight_config=None)
 
@@ -125,9 +125,12 @@ def test_without_a_bias():
 
 
 def test_wide_indices(monkeypatch):
-    monkeypatch.setattr(conv2d_dense, "LARGE", 1)
-    monkeypatch.setattr(conv2d_weight, "LARGE", 1)
+    for module in (conv2d_dense, conv2d_weight, conv2d_grouped, conv2d_depthwise):
+        monkeypatch.setattr(module, "LARGE", 1)
     check(*AXES["one"], geometry="stride")
+    check(*AXES["few"], geometry="one position")
+    check_grouped("one", "one position")
+    check_grouped("depthwise, unaligned", "one position")
 
 
 def test_sums_in_parts_are_the_same_in_every_run():

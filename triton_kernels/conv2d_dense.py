@@ -49,8 +49,8 @@ CONFIGS = {
     "half, unaligned": Config(128, 64, 32, 16, 8, 8, 3),
     "tf32": Config(128, 64, 32, 16, 8, 8, 3),
     "tf32, unaligned": Config(64, 64, 32, 16, 8, 8, 3),
-    "ieee": Config(64, 64, 16, 16, 8, 4, 2),
-    "ieee, unaligned": Config(64, 64, 16, 16, 8, 4, 2),
+    "ieee": Config(64, 64, 16, 16, 8, 8, 2),
+    "ieee, unaligned": Config(32, 64, 16, 16, 8, 4, 3),
 }
 
 

@@ -20,7 +20,7 @@ from .conv2d_grouped import add_copies, num_splits
 from .launch import Segments, num_programs, vector_of
 from .tiles import known_multiple
 from .widths import count_tiles, locate_tile, switched_on
-from .windows import Windows, positions, store_at, window, within
+from .windows import LARGE, Windows, positions, store_at, window, within
 
 _SPLITS: int = 256  # how many parts of a sum there may be
 _BLOCK_M: int = 32
@@ -56,6 +56,7 @@ def _depthwise_kernel(
     TAP_STEP: tl.constexpr,
     MOVE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    LARGE: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -76,7 +77,7 @@ def _depthwise_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
         if awake:
             c = begin + tl.arange(0, BLOCK_C)
-            phase_h, phase_w, image, u, v, valid = positions(row, images, out_height, out_width, PHASES, True, BLOCK_M)
+            phase_h, phase_w, image, u, v, valid = positions(row, images, out_height, out_width, PHASES, LARGE, BLOCK_M)
             first_h, count_h, offset_h = window(phase_h, KERNEL[0], STRIDE[0], PADDING[0], DILATION[0], TRANSPOSED)
             first_w, count_w, offset_w = window(phase_w, KERNEL[1], STRIDE[1], PADDING[1], DILATION[1], TRANSPOSED)
             top = u * UNIT[0] + offset_h
@@ -95,7 +96,7 @@ def _depthwise_kernel(
             if BIAS:
                 acc += tl.load(bias + c, mask=c < edge, other=0.0).to(tl.float32)[None, :]
             acc = tl.where((c < edge)[None, :], acc, 0.0)
-        store_at(output, row, begin, end, acc, images, out_height, out_width, size, PHASES, True, BLOCK_M, BLOCK_C)
+        store_at(output, row, begin, end, acc, images, out_height, out_width, size, PHASES, LARGE, BLOCK_M, BLOCK_C)
 
 
 @triton.jit
@@ -199,6 +200,7 @@ def fill_depthwise(
         SWITCHES=segments.switches,
         **constants,
         TRANSPOSED=transposed,
+        LARGE=max(source.numel(), output.numel()) >= LARGE,
         BIAS=bias is not None,
         BLOCK_M=_BLOCK_M,
         BLOCK_C=_BLOCK_C,

@@ -22,7 +22,7 @@ from torch import Tensor
 from .launch import Segments, num_programs, precision_of
 from .tiles import dot, in_groups, known_multiple
 from .widths import count_tiles, is_active, locate_tile, switched_on
-from .windows import Windows, positions, store_at, window, within
+from .windows import LARGE, Windows, positions, store_at, window, within
 
 _SPLITS: int = 32  # how many parts of a sum there may be
 
@@ -68,6 +68,7 @@ def _grouped_kernel(
     TAP_STEP: tl.constexpr,
     MOVE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    LARGE: tl.constexpr,
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -94,7 +95,7 @@ def _grouped_kernel(
         lane = first + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if awake:
-            phase_h, phase_w, image, u, v, valid = positions(row, images, out_height, out_width, PHASES, True, BLOCK_M)
+            phase_h, phase_w, image, u, v, valid = positions(row, images, out_height, out_width, PHASES, LARGE, BLOCK_M)
             first_h, count_h, offset_h = window(phase_h, KERNEL[0], STRIDE[0], PADDING[0], DILATION[0], TRANSPOSED)
             first_w, count_w, offset_w = window(phase_w, KERNEL[1], STRIDE[1], PADDING[1], DILATION[1], TRANSPOSED)
             top = u * UNIT[0] + offset_h
@@ -118,7 +119,7 @@ def _grouped_kernel(
                 acc += tl.load(bias + group * OUT_WIDTH + lane, mask=lane < OUT_WIDTH, other=0.0).to(tl.float32)[None, :]
         begin = group * OUT_WIDTH + first
         end = (group + 1) * OUT_WIDTH
-        store_at(output, row, begin, end, acc, images, out_height, out_width, size, PHASES, True, BLOCK_M, BLOCK_N)
+        store_at(output, row, begin, end, acc, images, out_height, out_width, size, PHASES, LARGE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -285,6 +286,7 @@ def fill_grouped(
         SWITCHES=segments.switches,
         **constants,
         TRANSPOSED=transposed,
+        LARGE=max(source.numel(), output.numel()) >= LARGE,
         BIAS=bias is not None,
         PRECISION=precision,
         BLOCK_M=block_m,
@@ -313,7 +315,8 @@ def grouped_grad_weight(
     m = images * out_height * out_width
     groups, filters, in_width, stride_in, stride_tap = _layout(weight, x)
     precision = precision_of(x.dtype, allow_tf32)
-    block_m, block_n, block_k = _reduction(x, precision), _block(filters), _block(in_width)
+    block_m = _reduction(x, precision)
+    block_n, block_k = _block(filters, max(block_m, 32)), _block(in_width)
     tiles = triton.cdiv(filters, block_n) * triton.cdiv(in_width, block_k) * windows.taps
     programs = 4 * num_programs(x.device)
     parts = torch.empty((_SPLITS, weight.numel()), dtype=torch.float32, device=x.device)
