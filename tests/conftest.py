@@ -8,7 +8,8 @@ from interpreter import patch_language_once, round_as_hardware_does
 
 torch.set_num_threads(1)
 # `make test-gpu` runs the contract of the layers on the GPU.
-torch.set_default_device(os.environ.get("ESPER_ELASTIC_TEST_DEVICE", "cpu"))
+if "ESPER_ELASTIC_TEST_DEVICE" in os.environ:
+    torch.set_default_device(os.environ["ESPER_ELASTIC_TEST_DEVICE"])
 
 # Without a GPU, Triton's kernels run in its interpreter, which has to be said before they are defined.
 if not torch.cuda.is_available():

@@ -70,11 +70,6 @@ class ControlBlock:
             return self._host
         return self._replica(device).tensor
 
-    def note_reader(self, device: torch.device) -> None:
-        """Say that kernels on the current stream of ``device`` are about to read the control tensor: commits are ordered with them."""
-        if device.type != "cpu":
-            self._replica(device).note_reader()
-
     def entries(self) -> list[Entry]:
         """Every live dim and switch of the block, in slot order."""
         found = [entry for entry in (reference() for reference in self._entries.values()) if entry is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -46,12 +47,19 @@ class Replica:
     def __init__(self, source: Tensor, device: torch.device) -> None:
         with torch.inference_mode(False):
             self.tensor = source.to(device)
+        self.tensor._replica = weakref.ref(self)  # type: ignore[attr-defined]
         self.captured = False
         self._cuda = device.type == "cuda"
         self._streams: dict[int, Any] = {}
 
+    @staticmethod
+    def of(tensor: Tensor) -> Replica | None:
+        """The replica whose vector a kernel was given."""
+        reference = getattr(tensor, "_replica", None)
+        return None if reference is None else reference()
+
     def note_reader(self) -> None:
-        """Say that kernels on the current stream are about to read the vector."""
+        """Say that a kernel on the current stream reads the vector."""
         if not self._cuda:
             return
         if torch.cuda.is_current_stream_capturing():

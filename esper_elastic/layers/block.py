@@ -66,8 +66,6 @@ class ElasticBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.static and (torch.compiler.is_compiling() or args[0].device.type != "cpu"):
-            if not torch.compiler.is_compiling():
-                self.switch.block.note_reader(self.control.device)
             otherwise = args[0] if self.kind == "block" else None
             return ops.switch(self.module(*args, **kwargs), otherwise, self.control, self.slot, self.backend)
         if self.switch.on:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..control import Axis, ControlBlock, Switch
+from ..control import Axis, ControlBlock, Replica, Switch
 from .backend import CHOICE
 
 if TYPE_CHECKING:
@@ -100,8 +100,9 @@ class Batch:
 
         pieces = self._pieces.hold(self._rows).view(-1, self._width)
         control = pieces.view(torch.int32) if block is None else block.on(self.device)
-        if capturing(self.device):
-            _read_by_graphs.add(control)
+        replica = Replica.of(control)
+        if replica is not None:
+            replica.note_reader()
         return Gradients(Table(pieces, *self._size), self._addresses.hold(addresses), control, self.dtype)
 
     def adamw(self, grads: Gradients, tensors: list[int], count_dtype: torch.dtype, **options: Any) -> None:

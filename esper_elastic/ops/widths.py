@@ -88,11 +88,13 @@ class Widths:
                     f"{self.label} with operands of {', '.join(sorted(map(str, strange)))}", "they take float32, float16 and bfloat16"
                 )
                 backend = "reference"
-        if self.device.type == "cuda" and not torch.compiler.is_compiling():
-            if backend == "triton":
-                self.block.note_reader(self.device)
-            elif torch.cuda.is_current_stream_capturing():
-                self._capture_without_kernels()
+        if (
+            self.device.type == "cuda"
+            and backend != "triton"
+            and not torch.compiler.is_compiling()
+            and torch.cuda.is_current_stream_capturing()
+        ):
+            self._capture_without_kernels()
         return backend
 
     def _capture_without_kernels(self) -> None:

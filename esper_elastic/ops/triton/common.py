@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...control import Replica
 from ..reference import check_generation, fence
+
+
+def note_launch(control: Tensor) -> None:
+    """Say that kernels which read ``control`` are about to be launched, or captured: commits are ordered with them."""
+    replica = Replica.of(control)
+    if replica is not None:
+        replica.note_reader()
 
 
 def autocast(input: Tensor) -> Tensor:

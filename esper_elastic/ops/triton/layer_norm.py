@@ -11,7 +11,7 @@ from torch import Tensor
 from ...triton_kernels.launch import Segments
 from ...triton_kernels.layer_norm import layer_norm_backward, layer_norm_forward
 from ..widths import Widths
-from .common import active, differentiated, save, saved, switched_on
+from .common import active, differentiated, note_launch, save, saved, switched_on
 
 LABEL = "ElasticLayerNorm"
 
@@ -32,6 +32,7 @@ def layer_norm(
 def _layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, control: Tensor, slots: Tensor, segments: list[int], fixed: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    note_launch(control)
     y, mean, rstd = layer_norm_forward(x.contiguous(), fixed, _flat(weight), _flat(bias), None, control, slots, Segments(*segments), eps)
     assert mean is not None
     return y, mean, rstd
@@ -51,6 +52,7 @@ def _backward(
     fixed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A gradient without its parameter has no elements. Of ``bias``, shape and type alone matter."""
+    note_launch(control)
     gx, gw, gb, _ = layer_norm_backward(
         grad.contiguous(), x.contiguous(), fixed, _flat(weight), _flat(bias), None, mean, rstd, control, slots, Segments(*segments)
     )
