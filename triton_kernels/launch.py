@@ -1,6 +1,7 @@
 """What launchers ask of the device: how many programs to start, whether it has a copy engine, in which precision to multiply."""
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -50,3 +51,8 @@ def precision_of(dtype: torch.dtype, allow_tf32: bool) -> str:
     if INTERPRETED and dtype == torch.bfloat16:
         return "upcast"
     return "tf32" if dtype == torch.float32 and allow_tf32 else "ieee"
+
+
+def vector_of(segments: Segments, image: Tensor) -> int:
+    """How many neighbouring channels move at once: up to 16 bytes, if all segments begin and all positions lie at multiples of that."""
+    return math.gcd(16 // image.element_size(), image.shape[1]) if segments.aligned and image.data_ptr() % 16 == 0 else 1

@@ -47,3 +47,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     else:
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def known_multiple(number, VECTOR: tl.constexpr):
+    """``number``, a multiple of VECTOR, which the compiler then knows as well: so it may load and store whole vectors."""
+    return number // VECTOR * VECTOR
