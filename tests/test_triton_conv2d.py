@@ -124,6 +124,13 @@ def test_without_a_bias():
     check_grouped("depthwise, unaligned", "plain", bias=False)
 
 
+def test_a_batch_of_nothing():
+    check(*AXES["one"], batch=0)
+    check(*AXES["one"], geometry="pointwise", batch=0)
+    check_grouped("one", "plain", batch=0)
+    check_grouped("depthwise, unaligned", "plain", batch=0)
+
+
 def test_wide_indices(monkeypatch):
     for module in (conv2d_dense, conv2d_weight, conv2d_grouped, conv2d_depthwise):
         monkeypatch.setattr(module, "LARGE", 1)
@@ -179,6 +186,7 @@ def check(
     switches=(),
     bias=True,
     width=None,
+    batch=2,
 ):
     """Every launcher against PyTorch in float64 on the active slice; ``width`` is that of a group's input channels."""
     *window, image = GEOMETRIES[geometry]
@@ -187,7 +195,7 @@ def check(
     (n, out), (k, into) = ((len(index), (index, size)) for index, size in zip(at.active, at.capacity, strict=True))
     positions = F.conv2d(torch.empty(1, 1, *image), torch.empty(1, 1, *kernel), None, stride, padding, dilation).shape[2:]
     groups = 1 if width is None else k // width
-    shapes = ((2, k, *image), (n, k // groups, *kernel), (n,), (2, n, *positions))
+    shapes = ((batch, k, *image), (n, k // groups, *kernel), (n,), (batch, n, *positions))
     x, weight, b, grad = ((torch.rand(shape, dtype=torch.float64) + 0.25).to(dtype) for shape in shapes)
     columns = [] if width else [(1, *into)]
     x_full = poisoned(x, (1, *into)).contiguous(memory_format=torch.channels_last)

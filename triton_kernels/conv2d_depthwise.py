@@ -224,7 +224,7 @@ def depthwise_grad_weight(
     block_t = min(triton.next_power_of_2(windows.taps), 16)
     block_m = _LANES // block_t
     programs = 4 * num_programs(x.device)
-    splits = min(_SPLITS, programs, triton.cdiv(m, 4 * block_m))
+    splits = max(1, min(_SPLITS, programs, triton.cdiv(m, 4 * block_m)))
     parts = torch.empty((splits, weight.numel()), dtype=torch.float32, device=x.device)
     parts_bias = torch.empty((splits, size), dtype=torch.float32, device=x.device)
     _depthwise_grad_weight_kernel[(programs,)](
