@@ -197,7 +197,7 @@ class Contract(ABC):
         leaving: which of them the output's units run over.
         unit: the axis of the activations that units lie on.
         dtypes: those that the layer serves.
-        has_kernels: whether Triton serves the layer.
+        kernels: whether Triton serves the layer: ``"all"`` tests run on it, ``"narrow"`` (the interpreter takes its time), or ``None``.
     """
 
     num_axes = 2
@@ -205,7 +205,7 @@ class Contract(ABC):
     leaving = 0
     unit = -1
     dtypes: tuple[torch.dtype, ...] = DTYPES
-    has_kernels = False
+    kernels: str | None = None
 
     @abstractmethod
     def make(self, *axes: Axis, **factory: Any) -> nn.Module:
@@ -242,7 +242,7 @@ class Contract(ABC):
             yield pytest.param("reference", layout)
             if layout == "compact" or torch.get_default_device().type == "cpu":
                 yield pytest.param("native", layout, marks=needs_library)
-        if cls.has_kernels:
+        if cls.kernels is not None:
             yield pytest.param("triton", "static", marks=needs_kernels)
 
     # Set-up
@@ -263,7 +263,7 @@ class Contract(ABC):
                 metafunc.parametrize(argument, found, ids=["-".join(case.id for case in combination) for combination in found])
         dtypes = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in self.dtypes]
         if "backend" in metafunc.fixturenames:
-            spared = hasattr(metafunc.function, "without_kernels")
+            spared = hasattr(metafunc.function, "without_kernels") or (self.kernels == "narrow" and "axes" in metafunc.fixturenames)
             cases = [case for case in self.backend_cases() if not (spared and case.values[0] == "triton")]
             if "dtype" in metafunc.fixturenames:  # Triton leaves float64 to the reference
                 metafunc.parametrize(

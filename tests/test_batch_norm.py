@@ -26,7 +26,7 @@ MAKERS = {
 
 class TestBatchNorm1d(Contract):
     num_axes = 1
-    has_kernels = True
+    kernels = "all"
     entering = leaving = 0
     unit = 1
 

@@ -22,7 +22,7 @@ native = pytest.mark.skipif(LIBRARY_MISSING is not None, reason=f"no compiled li
 
 
 class TestConv2d(Contract):
-    has_kernels = True
+    kernels = "narrow"
     unit = -3
     settings: ClassVar[dict[str, Any]] = {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 1), "dilation": (1, 2)}
 

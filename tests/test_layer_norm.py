@@ -18,7 +18,7 @@ from esper_elastic.ops import backend as backends
 
 class TestLayerNorm(Contract):
     num_axes = 1
-    has_kernels = True
+    kernels = "all"
     entering = leaving = 0
 
     def make(self, *axes: Axis, **factory: Any) -> nn.Module:

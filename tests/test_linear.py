@@ -15,7 +15,7 @@ from esper_elastic.control import Axis
 
 
 class TestLinear(Contract):
-    has_kernels = True
+    kernels = "all"
 
     def make(self, *axes: Axis, **factory: Any) -> nn.Module:
         out_dim, in_dim = axes

@@ -15,6 +15,7 @@ COPY_ENGINE_KERNELS = {"product_kernel", "grad_weight_kernel"}
 MATRIX_KERNELS = COPY_ENGINE_KERNELS | {"convolution_kernel", "convolution_grad_weight_kernel"}
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("arch", [80, 90], ids="sm_{}".format)
 def test_kernels_compile_without_spills_and_fit_the_chip(arch, module):
