@@ -19,11 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation import activate, slope
 from .launch import Segments, can_describe, describe, num_programs, precision_of
 from .tiles import dot, in_groups, load_tile, store_tile
 from .widths import count_tiles, locate_tile, segment_active, segment_start, switched_on
-
-ACTIVATIONS = ("none", "relu", "gelu", "silu")
 
 
 class Config(NamedTuple):
@@ -58,29 +57,6 @@ GRAD_WEIGHT_CONFIGS = {
     "ieee": Config(16, 64, 64, 8, 4, 3),
 }
 _TAIL: int = 16  # the smallest block that the matrix units multiply
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if ACTIVATION == "gelu":
-        x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    if ACTIVATION == "silu":
-        x = x / (1 + tl.exp(-x))
-    return x
-
-
-@triton.jit
-def _slope(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        slope = tl.where(x > 0, 1.0, 0.0)
-    if ACTIVATION == "gelu":
-        slope = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    if ACTIVATION == "silu":
-        sigmoid = 1 / (1 + tl.exp(-x))
-        slope = sigmoid * (1 + x * (1 - sigmoid))
-    return slope
 
 
 @triton.jit
@@ -162,7 +138,7 @@ def _product_kernel(
             y = tl.where((n < edge)[None, :], y, 0.0)
             if KEEP:
                 store_tile(before, before_tiles, row, first, m, end, stride_output, y, BLOCK_M, half, TMA and OUT_SEGMENTS == 1)
-            y = _activate(y, ACTIVATION)
+            y = activate(y, ACTIVATION)
             store_tile(output, output_tiles, row, first, m, end, stride_output, y, BLOCK_M, half, TMA and OUT_SEGMENTS == 1)
 
 
@@ -194,7 +170,7 @@ def _activation_backward_kernel(
         inside = (r < m)[:, None] & (n < edge)[None, :]
         x = tl.load(before + place, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-        tl.store(result + place, (g * _slope(x, ACTIVATION)).to(result.dtype.element_ty), mask=inside)
+        tl.store(result + place, (g * slope(x, ACTIVATION)).to(result.dtype.element_ty), mask=inside)
 
 
 @triton.jit
