@@ -58,9 +58,12 @@ _PARTS: int = 64  # how many parts are joined at once
 _LANES: int = 16  # of how many channels
 
 
-# Not tuned yet: what leaves registers for all programs at once, with two tiles of each operand on their way.
-CONFIG = Config(tile=4096, warps=8, stages=3, programs=2)
-CONFIG_NARROW = Config(tile=2048, warps=8, stages=3, programs=2)  # backward, and where every element has an address of its own
+def _configure(itemsize: int, many_registers: bool) -> Config:
+    """Not tuned yet: what leaves registers for all programs at once, with enough bytes on their way.
+
+    Many are needed backward, and where the elements of a tile are accessed one by one.
+    """
+    return Config(tile=2048 if many_registers else 4096, warps=8, stages=3 if itemsize == 2 else 2, programs=2)
 
 
 @triton.jit
@@ -590,7 +593,7 @@ def batch_norm_statistics(
     Moves the active part of the running statistics and counts the batch; without ``momentum``, the batch's share is one over the count.
     """
     x, form = _format(x)
-    config = config or (CONFIG if _vector(form, segments) > 1 else CONFIG_NARROW)
+    config = config or _configure(x.element_size(), _vector(form, segments) == 1)
     new = torch.empty if x.numel() > 0 else torch.zeros
     mean, rstd = (new(form.channels, dtype=torch.float32, device=x.device) for _ in range(2))
     tiles, vector = _tiles(form, segments, config)
@@ -651,7 +654,7 @@ def batch_norm_apply(
 ) -> Tensor:
     """``y``. ``mean`` and ``spread`` are mean and rstd of the batch in training, mean and variance of the running statistics otherwise."""
     x, form = _format(x)
-    config = config or (CONFIG if _vector(form, segments) > 1 else CONFIG_NARROW)
+    config = config or _configure(x.element_size(), _vector(form, segments) == 1)
     y = torch.empty_like(x)
     tiles, vector = _tiles(form, segments, config)
     _normalise_kernel[(config.programs * num_programs(x.device),)](
@@ -701,7 +704,7 @@ def batch_norm_backward(
     ``mean`` and ``spread`` are mean and rstd of the batch in training, mean and variance of the running statistics otherwise.
     """
     x, form = _format(x)
-    config = config or CONFIG_NARROW
+    config = config or _configure(x.element_size(), True)
     grad = _as(grad, form)
     grad_x = torch.empty_like(x)
     grad_weight, grad_bias = (None if t is None else torch.empty_like(t) for t in (weight, bias))

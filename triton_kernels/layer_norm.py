@@ -107,7 +107,7 @@ def _gradient(grad, residual, place, mask, active, xhat, w, b, RESIDUAL: tl.cons
 
 
 @triton.jit
-def _forward_kernel(
+def _layer_norm_forward_kernel(
     x,  # (rows, size), as are y and the residual
     weight,  # (size,)
     bias,
@@ -205,7 +205,7 @@ def _num_parts(extent, rows, programs, BLOCK: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def _backward_kernel(
+def _layer_norm_backward_kernel(
     grad,  # (rows, size), as are x, the residual and their gradients
     x,
     weight,  # (size,)
@@ -404,7 +404,7 @@ def layer_norm_forward(
     y = torch.empty_like(x)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if centre else None
-    _forward_kernel[(_num_programs(x, config),)](
+    _layer_norm_forward_kernel[(_num_programs(x, config),)](
         x,
         weight,
         bias,
@@ -448,7 +448,7 @@ def layer_norm_backward(
     programs = _num_programs(x, config)
     parts = torch.empty(2 * max(programs * min(config.block, size), size), dtype=torch.float32, device=x.device)
     structure = _structure(size, fixed, weight, bias, segments, config)
-    _backward_kernel[(programs,)](
+    _layer_norm_backward_kernel[(programs,)](
         grad,
         x,
         weight,
