@@ -14,7 +14,7 @@ from torch import Tensor
 from ...triton_kernels.batch_norm import batch_norm_apply, batch_norm_backward, batch_norm_statistics
 from ...triton_kernels.launch import Segments
 from ..widths import Widths
-from .common import active, differentiated, note_launch, save, saved, switched_on
+from .common import active, differentiated, launching, save, saved, switched_on
 
 LABEL = "ElasticBatchNorm"
 
@@ -54,9 +54,9 @@ def _statistics(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Mean and one over the deviation of each active channel."""
-    note_launch(control)
-    at = control, slots, Segments(*segments)
-    return batch_norm_statistics(x, running_mean, running_var, num_batches_tracked, *at, momentum, eps)
+    with launching(control):
+        at = control, slots, Segments(*segments)
+        return batch_norm_statistics(x, running_mean, running_var, num_batches_tracked, *at, momentum, eps)
 
 
 @torch.library.custom_op("esper_elastic::triton_batch_norm", mutates_args=())
@@ -72,9 +72,9 @@ def _apply(
     training: bool,
     eps: float,
 ) -> Tensor:
-    note_launch(control)
-    at = control, slots, Segments(*segments)
-    return batch_norm_apply(x, weight, bias, None, mean, spread, *at, training, eps)
+    with launching(control):
+        at = control, slots, Segments(*segments)
+        return batch_norm_apply(x, weight, bias, None, mean, spread, *at, training, eps)
 
 
 @torch.library.custom_op("esper_elastic::triton_batch_norm_backward", mutates_args=())
@@ -92,10 +92,10 @@ def _backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A gradient without its parameter has no elements."""
-    note_launch(control)
-    at = control, slots, Segments(*segments)
-    gx, gw, gb, _ = batch_norm_backward(grad, x, weight, bias, None, mean, spread, *at, training, eps)
-    return gx, x.new_empty(0) if gw is None else gw, x.new_empty(0) if gb is None else gb
+    with launching(control):
+        at = control, slots, Segments(*segments)
+        gx, gw, gb, _ = batch_norm_backward(grad, x, weight, bias, None, mean, spread, *at, training, eps)
+        return gx, x.new_empty(0) if gw is None else gw, x.new_empty(0) if gb is None else gb
 
 
 def _like(x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from ...control import Replica
 from ..reference import check_generation, fence
 
 
-def note_launch(control: Tensor) -> None:
-    """Say that kernels which read ``control`` are about to be launched, or captured: commits are ordered with them."""
+@contextlib.contextmanager
+def launching(control: Tensor) -> Iterator[None]:
+    """Where kernels that read ``control`` are launched, or captured: on its device, and noted, so that commits are ordered with them."""
     replica = Replica.of(control)
     if replica is not None:
         replica.note_reader()
+    with torch.cuda.device(control.device) if control.is_cuda else contextlib.nullcontext():
+        yield
 
 
 def autocast(input: Tensor) -> Tensor:

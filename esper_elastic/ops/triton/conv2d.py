@@ -10,7 +10,7 @@ from torch import Tensor
 from ...triton_kernels.conv2d import conv2d_forward, conv2d_grad_input, conv2d_grad_weight
 from ...triton_kernels.launch import Segments
 from ..widths import Widths
-from .common import autocast, note_launch, save, saved
+from .common import autocast, launching, save, saved
 
 LABEL = "ElasticConv2d"
 
@@ -55,19 +55,19 @@ def _tf32(image: Tensor) -> bool:
 def _conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, control: Tensor, slots: Tensor, segments: list[int], geometry: list[int]
 ) -> Tensor:
-    note_launch(control)
-    at = control, slots, Segments(*segments), *_split(geometry)
-    return conv2d_forward(_last(x), _operand(weight, x), bias, *at, allow_tf32=_tf32(x))
+    with launching(control):
+        at = control, slots, Segments(*segments), *_split(geometry)
+        return conv2d_forward(_last(x), _operand(weight, x), bias, *at, allow_tf32=_tf32(x))
 
 
 @torch.library.custom_op("esper_elastic::triton_conv2d_grad_input", mutates_args=())
 def _grad_input(
     grad: Tensor, weight: Tensor, size: list[int], control: Tensor, slots: Tensor, segments: list[int], geometry: list[int]
 ) -> Tensor:
-    note_launch(control)
-    n, c, h, w = size
-    at = control, slots, Segments(*segments), *_split(geometry)
-    return conv2d_grad_input(_last(grad), _operand(weight, grad), (n, c, h, w), *at, allow_tf32=_tf32(grad))
+    with launching(control):
+        n, c, h, w = size
+        at = control, slots, Segments(*segments), *_split(geometry)
+        return conv2d_grad_input(_last(grad), _operand(weight, grad), (n, c, h, w), *at, allow_tf32=_tf32(grad))
 
 
 @torch.library.custom_op("esper_elastic::triton_conv2d_grad_weight", mutates_args=())
@@ -82,10 +82,10 @@ def _grad_weight(
     geometry: list[int],
 ) -> tuple[Tensor, Tensor]:
     """The second result has no elements where there is no bias. Of ``weight`` and ``bias``, shape, format and type alone matter."""
-    note_launch(control)
-    at = control, slots, Segments(*segments), *_split(geometry)
-    gw, gb = conv2d_grad_weight(_last(grad), _last(x), weight, bias, *at, allow_tf32=_tf32(x))
-    return gw, weight.new_empty(0) if gb is None else gb
+    with launching(control):
+        at = control, slots, Segments(*segments), *_split(geometry)
+        gw, gb = conv2d_grad_weight(_last(grad), _last(x), weight, bias, *at, allow_tf32=_tf32(x))
+        return gw, weight.new_empty(0) if gb is None else gb
 
 
 @_conv2d.register_fake

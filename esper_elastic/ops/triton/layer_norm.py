@@ -11,7 +11,7 @@ from torch import Tensor
 from ...triton_kernels.launch import Segments
 from ...triton_kernels.layer_norm import layer_norm_backward, layer_norm_forward
 from ..widths import Widths
-from .common import active, differentiated, note_launch, save, saved, switched_on
+from .common import active, differentiated, launching, save, saved, switched_on
 
 LABEL = "ElasticLayerNorm"
 
@@ -32,10 +32,12 @@ def layer_norm(
 def _layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, control: Tensor, slots: Tensor, segments: list[int], fixed: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    note_launch(control)
-    y, mean, rstd = layer_norm_forward(x.contiguous(), fixed, _flat(weight), _flat(bias), None, control, slots, Segments(*segments), eps)
-    assert mean is not None
-    return y, mean, rstd
+    with launching(control):
+        y, mean, rstd = layer_norm_forward(
+            x.contiguous(), fixed, _flat(weight), _flat(bias), None, control, slots, Segments(*segments), eps
+        )
+        assert mean is not None
+        return y, mean, rstd
 
 
 @torch.library.custom_op("esper_elastic::triton_layer_norm_backward", mutates_args=())
@@ -52,11 +54,11 @@ def _backward(
     fixed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A gradient without its parameter has no elements. Of ``bias``, shape and type alone matter."""
-    note_launch(control)
-    gx, gw, gb, _ = layer_norm_backward(
-        grad.contiguous(), x.contiguous(), fixed, _flat(weight), _flat(bias), None, mean, rstd, control, slots, Segments(*segments)
-    )
-    return gx, _shaped(gw, weight, x), _shaped(gb, bias, x)
+    with launching(control):
+        gx, gw, gb, _ = layer_norm_backward(
+            grad.contiguous(), x.contiguous(), fixed, _flat(weight), _flat(bias), None, mean, rstd, control, slots, Segments(*segments)
+        )
+        return gx, _shaped(gw, weight, x), _shaped(gb, bias, x)
 
 
 def _flat(parameter: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from ...triton_kernels.cast import cast_active
 from ...triton_kernels.launch import Segments
 from ...triton_kernels.linear import linear_forward, linear_grad_input, linear_grad_weight
 from ..widths import Widths
-from .common import autocast, matmul_tf32, note_launch, save, saved
+from .common import autocast, launching, matmul_tf32, save, saved
 
 LABEL = "ElasticLinear"
 
@@ -31,19 +31,19 @@ def _operand(weight: Tensor, like: Tensor, control: Tensor, slots: Tensor, segme
 
 @torch.library.custom_op("esper_elastic::triton_linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, control: Tensor, slots: Tensor, segments: list[int]) -> Tensor:
-    note_launch(control)
-    at = Segments(*segments)
-    w = _operand(weight, x, control, slots, at)
-    y, _ = linear_forward(x.contiguous(), w, bias, control, slots, at, allow_tf32=matmul_tf32(x))
-    return y
+    with launching(control):
+        at = Segments(*segments)
+        w = _operand(weight, x, control, slots, at)
+        y, _ = linear_forward(x.contiguous(), w, bias, control, slots, at, allow_tf32=matmul_tf32(x))
+        return y
 
 
 @torch.library.custom_op("esper_elastic::triton_linear_grad_input", mutates_args=())
 def _grad_input(grad: Tensor, weight: Tensor, control: Tensor, slots: Tensor, segments: list[int]) -> Tensor:
-    note_launch(control)
-    at = Segments(*segments)
-    w = _operand(weight, grad, control, slots, at)
-    return linear_grad_input(grad.contiguous(), w, control, slots, at, allow_tf32=matmul_tf32(grad))
+    with launching(control):
+        at = Segments(*segments)
+        w = _operand(weight, grad, control, slots, at)
+        return linear_grad_input(grad.contiguous(), w, control, slots, at, allow_tf32=matmul_tf32(grad))
 
 
 @torch.library.custom_op("esper_elastic::triton_linear_grad_weight", mutates_args=())
@@ -51,10 +51,10 @@ def _grad_weight(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, control: Tensor, slots: Tensor, segments: list[int]
 ) -> tuple[Tensor, Tensor]:
     """The second result has no elements where there is no bias. Of ``weight`` and ``bias``, shape and type alone matter."""
-    note_launch(control)
-    operands = grad.contiguous(), x.contiguous(), weight, bias
-    gw, gb = linear_grad_weight(*operands, control, slots, Segments(*segments), allow_tf32=matmul_tf32(x))
-    return gw, weight.new_empty(0) if gb is None else gb
+    with launching(control):
+        operands = grad.contiguous(), x.contiguous(), weight, bias
+        gw, gb = linear_grad_weight(*operands, control, slots, Segments(*segments), allow_tf32=matmul_tf32(x))
+        return gw, weight.new_empty(0) if gb is None else gb
 
 
 @_linear.register_fake

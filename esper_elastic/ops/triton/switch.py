@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...triton_kernels.switch import select
-from .common import note_launch, save, saved
+from .common import launching, save, saved
 
 LABEL = "ElasticBlock"
 
@@ -22,18 +22,18 @@ def switch(branch: Tensor, otherwise: Tensor | None, control: Tensor, slot: Tens
 
 @torch.library.custom_op("esper_elastic::triton_select", mutates_args=())
 def _select(branch: Tensor, otherwise: Tensor, control: Tensor, slot: Tensor) -> Tensor:
-    note_launch(control)
-    result = _dense_like(branch)
-    select(_in_place_of(branch, result), _in_place_of(otherwise, result), result, control, slot)
-    return result
+    with launching(control):
+        result = _dense_like(branch)
+        select(_in_place_of(branch, result), _in_place_of(otherwise, result), result, control, slot)
+        return result
 
 
 @torch.library.custom_op("esper_elastic::triton_gate", mutates_args=())
 def _gate(branch: Tensor, control: Tensor, slot: Tensor, inverted: bool) -> Tensor:
-    note_launch(control)
-    result = _dense_like(branch)
-    select(_in_place_of(branch, result), None, result, control, slot, inverted)
-    return result
+    with launching(control):
+        result = _dense_like(branch)
+        select(_in_place_of(branch, result), None, result, control, slot, inverted)
+        return result
 
 
 @_select.register_fake
