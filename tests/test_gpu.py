@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from twins import CHANGES, Net, loss_of
 
 import esper_elastic as ee
 from esper_elastic.errors import GenerationError, GraphCaptureError
@@ -28,38 +29,10 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-class Net(nn.Module):
-    """Two linear layers round a norm, and a branch that can be switched off."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        hidden = ee.ElasticDim(64, name="hidden")
-        inside = ee.ElasticDim(48, name="inside")
-        self.first = ee.ElasticLinear(32, 64, out_dim=hidden)
-        self.norm = ee.ElasticLayerNorm(64, dim=hidden)
-        branch = nn.Sequential(
-            ee.ElasticLinear(64, 48, in_dim=hidden, out_dim=inside), nn.GELU(), ee.ElasticLinear(48, 64, in_dim=inside, out_dim=hidden)
-        )
-        self.branch = ee.ElasticBlock(branch, kind="branch")
-        self.last = ee.ElasticLinear(64, 16, in_dim=hidden)
-
-    @property
-    def hidden(self) -> ee.ElasticDim:
-        return self.first.out_dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.first(x)))
-        return self.last(x + self.branch(x))
-
-
 def static_net() -> Net:
     net = Net().cuda()
     ee.set_layout(net, "static")
     return net
-
-
-def loss_of(net: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    return nn.functional.mse_loss(net(x), target)
 
 
 class CapturedStep:
@@ -118,15 +91,7 @@ def test_a_captured_training_step_follows_widths_switches_and_keep(kind: str) ->
         change(net)
         change(twin)
 
-    changes: list[Callable[[Net], None]] = [
-        *(lambda n, width=width: n.hidden.resize(width) for width in WIDTHS),
-        lambda n: n.branch.switch.set(False),
-        lambda n: n.branch.switch.set(True),
-        lambda n: n.hidden.keep([5, 0, 33, 2]),
-        lambda n: n.hidden.resize(50),
-        lambda n: ee.resize(n, {"first": 20, "branch.module.0": 7}),
-    ]
-    for change in changes:
+    for change in CHANGES:
         both(change)
         for _ in range(2):
             x, target = torch.randn(24, 32), torch.randn(24, 16)
