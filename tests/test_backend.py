@@ -63,7 +63,7 @@ def test_reasons_for_having_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     if importlib.util.find_spec("triton") is not None:
         assert backends.triton_missing(CPU) == "on the CPU they run in the interpreter alone: set TRITON_INTERPRET=1"
-        assert backends.triton_missing(torch.device("xpu")) == "they run on CUDA, not on xpu"
+        assert backends.triton_missing(torch.device("xpu")) == "they run on NVIDIA's CUDA, not on xpu"
     backends.triton_missing.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert backends.triton_missing(CPU) == "triton is not installed"
@@ -98,3 +98,12 @@ def test_a_capture_that_could_not_follow_widths_says_so(layout: str, monkeypatch
     else:
         with pytest.warns(UserWarning, match="compact layout is being captured in a CUDA graph, which keeps the present widths"):
             layer(torch.ones(2, 3))
+
+
+@needs_kernels
+def test_functional_transforms_go_to_the_reference() -> None:
+    layer = ee.ElasticLinear(3, 4, max_out_features=6)
+    layer.layout = "static"
+    layer._widths.backend = "triton"
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(torch.vmap(layer)(x)[..., :4], layer.to_dense()(x))

@@ -47,7 +47,7 @@ class Machine:
 
     def write(self, target: torch.Tensor, source: torch.Tensor, begin: int, end: int) -> None:
         self.log.append(f"{self.current} writes {begin}:{end}")
-        target[begin:end].copy_(source[begin:end])
+        target.numpy()[begin:end] = source.numpy()[begin:end]  # as a kernel of ours does: torch sees no write
 
 
 @pytest.fixture

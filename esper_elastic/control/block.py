@@ -149,7 +149,8 @@ class ControlBlock:
         changes = [(entry, value) for entry, value in changes if entry._value != value]
         if not changes and not moved:
             return
-        self._require_writable()
+        if self._replicas:
+            self._require_writable()
         values = self._view.from_address(self._host.data_ptr())  # fetched anew: share_memory_ and friends move storage
         for entry, value in changes:
             values[entry.slot] = value

@@ -45,7 +45,7 @@ def choose(device: torch.device, static: bool) -> str:
 
     On the CPU, and on CUDA in compact layout, where widths are read on the host, compiled ops serve; Triton's kernels serve static layout.
     """
-    if static and device.type != "meta" and CHOICE in ("auto", "triton") and (device.type == "cuda" or CHOICE == "triton"):
+    if static and triton_wanted(device):
         missing = triton_missing(device)
         if missing is None:
             return "triton"
@@ -55,6 +55,11 @@ def choose(device: torch.device, static: bool) -> str:
     return "reference"
 
 
+def triton_wanted(device: torch.device) -> bool:
+    """Whether Triton's kernels are to serve ``device``, if they can: CUDA unless another backend was chosen, the CPU only if they were."""
+    return CHOICE == "triton" and device.type != "meta" if device.type != "cuda" else CHOICE in ("auto", "triton")
+
+
 @functools.cache
 def triton_missing(device: torch.device) -> str | None:
     """Why Triton's kernels do not run on ``device``; ``None`` if they do."""
@@ -62,8 +67,8 @@ def triton_missing(device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return "on the CPU they run in the interpreter alone: set TRITON_INTERPRET=1"
-    if device.type not in ("cpu", "cuda"):
-        return f"they run on CUDA, not on {device.type}"
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and torch.version.hip is not None):
+        return f"they run on NVIDIA's CUDA, not on {device.type if device.type != 'cuda' else 'HIP'}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"they need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
     return None

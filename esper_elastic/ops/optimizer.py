@@ -7,11 +7,8 @@ is a tensor. A table that such a graph reads is kept for good.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..control import Axis, ControlBlock, Replica, Switch
-from .backend import CHOICE
+from .backend import triton_missing, triton_wanted
 
 if TYPE_CHECKING:
     from ..triton_kernels.optimizer import Gradients, Tiles
@@ -30,14 +27,9 @@ Pieces = tuple[tuple[int, ...], ...]
 """The rectangles of one parameter: rows of the kernels' table without the parameter's index, one slot per switch at the end."""
 
 
-@functools.cache
 def triton_steps(device: torch.device) -> bool:
-    """Whether Triton's kernels step parameters on ``device``: on NVIDIA GPUs from sm_80 on; on the CPU in the interpreter, when chosen."""
-    if CHOICE in ("reference", "native") or importlib.util.find_spec("triton") is None:
-        return False
-    if device.type == "cpu":
-        return CHOICE == "triton" and os.environ.get("TRITON_INTERPRET", "0") == "1"
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether Triton's kernels step parameters on ``device``."""
+    return triton_wanted(device) and triton_missing(device) is None
 
 
 def capturing(device: torch.device) -> bool:
