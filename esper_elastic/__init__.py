@@ -4,7 +4,7 @@ from . import errors, growth, importance, optim
 from .control import ControlBlock, ElasticDim, concat
 from .convert import export
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
-from .layers import ElasticBatchNorm1d, ElasticBatchNorm2d, ElasticBlock, ElasticConv2d, ElasticLayerNorm, ElasticLinear
+from .layers import ElasticBatchNorm1d, ElasticBatchNorm2d, ElasticBlock, ElasticConv1d, ElasticConv2d, ElasticLayerNorm, ElasticLinear
 from .model import control_block, dims, disable, enable, resize, set_layout
 from .ops import backend_info
 
@@ -19,6 +19,7 @@ __all__ = [
     "ElasticBlock",
     "ElasticLayerNorm",
     "ElasticLinear",
+    "ElasticConv1d",
     "ElasticConv2d",
     "backend_info",
     "control_block",

@@ -3,7 +3,7 @@
 from .base import ElasticLayer
 from .batch_norm import ElasticBatchNorm1d, ElasticBatchNorm2d
 from .block import ElasticBlock
-from .conv import ElasticConv2d
+from .conv import ElasticConv1d, ElasticConv2d
 from .layer_norm import ElasticLayerNorm
 from .linear import ElasticLinear
 
@@ -11,6 +11,7 @@ __all__ = [
     "ElasticBatchNorm1d",
     "ElasticBatchNorm2d",
     "ElasticBlock",
+    "ElasticConv1d",
     "ElasticConv2d",
     "ElasticLayer",
     "ElasticLayerNorm",

@@ -44,9 +44,8 @@ class ElasticLayer(nn.Module):
         """The half-width of the uniform law that ``nn`` would draw weights from at the active size."""
         raise NotImplementedError
 
-    @property
-    def inseparable(self) -> int:
-        """Neighbouring indices of the weight's first axis that stay or go together, since the layer computes them as one group."""
+    def inseparable(self, name: str) -> int:
+        """Neighbouring indices of the first axis of tensor ``name`` that stay or go together, being one group to the layer."""
         return 1
 
     # Construction
@@ -54,7 +53,7 @@ class ElasticLayer(nn.Module):
     def _adopt(self, dense: nn.Module, dims: dict[str, Axis]) -> None:
         """Become the elastic form of ``dense``, whose sizes are the active ones: allocate at capacity and copy what is active.
 
-        ``dims`` are the attributes to set, in the order of the axes of the weight.
+        ``dims`` are the attributes to set, the one that the layer produces first.
         """
         state.wrap_module_methods()
         nn.Module.__init__(self)

@@ -97,7 +97,7 @@ def places(dim: ElasticDim, where: str) -> list[Place]:
 
 def block(place: Place) -> int:
     """How many neighbouring units are one to the layer, as the channels of a group are where the dim counts channels."""
-    return math.lcm(place.inner, place.layer.inseparable) // place.inner
+    return math.lcm(place.inner, place.layer.inseparable(place.name)) // place.inner
 
 
 def distinct(found: list[Place]) -> list[Place]:

@@ -7,10 +7,11 @@ plain PyTorch; the compiled library of ``csrc`` serves the same on strided slice
 
 from .backend import backend_info, choose
 from .batch_norm import batch_norm
+from .conv1d import conv1d
 from .conv2d import conv2d
 from .layer_norm import layer_norm
 from .linear import linear
 from .switch import switch
 from .widths import Widths
 
-__all__ = ["Widths", "backend_info", "batch_norm", "choose", "conv2d", "layer_norm", "linear", "switch"]
+__all__ = ["Widths", "backend_info", "batch_norm", "choose", "conv1d", "conv2d", "layer_norm", "linear", "switch"]

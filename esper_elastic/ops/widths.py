@@ -21,7 +21,7 @@ class Widths:
     """The axes of a layer's weight, the switches above it, and where both are in the control block.
 
     Attributes:
-        axes: the elastic axes, in the order of the weight.
+        axes: the elastic axes, the one that the layer produces first, whatever their order in the weight.
         switches: those of the blocks around the layer; it is asleep if one is off.
         device: that of the operands.
         static: whether activations have capacity size, dormant units exactly zero.

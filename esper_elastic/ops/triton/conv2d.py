@@ -12,7 +12,7 @@ from ...triton_kernels.launch import Segments
 from ..widths import Widths
 from .common import autocast, launching, save, saved
 
-LABEL = "ElasticConv2d"
+LABEL = "elastic convolution"
 
 
 def conv2d(
