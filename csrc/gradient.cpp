@@ -43,7 +43,8 @@ at::Tensor zeros_for_gradient(const at::Tensor& weight, const Runs& rows, const 
   if (whole) return at::empty_like(weight, format);
   if (keeping == 0 || !weight.is_cpu()) return at::zeros_like(weight, format);
   const std::lock_guard<std::mutex> lock(mutex);
-  auto* key = weight.unsafeGetTensorImpl();
+  const at::Tensor owner = weight.is_view() ? at::Tensor(weight._base()) : weight;
+  auto* key = owner.unsafeGetTensorImpl();
   auto found = kept.find(key);
   if (found != kept.end() && (found->second.weight.expired() || !found->second.fits(weight, format))) {
     kept.erase(found);
@@ -52,7 +53,7 @@ at::Tensor zeros_for_gradient(const at::Tensor& weight, const Runs& rows, const 
   if (found == kept.end()) {
     forget_dead_weights();
     const at::Tensor buffer = at::zeros_like(weight, format);
-    kept.emplace(key, Kept{c10::weak_intrusive_ptr<c10::TensorImpl>(weight.getIntrusivePtr()), buffer, buffer._version(), rows, columns});
+    kept.emplace(key, Kept{c10::weak_intrusive_ptr<c10::TensorImpl>(owner.getIntrusivePtr()), buffer, buffer._version(), rows, columns});
     return buffer.detach();
   }
   Kept& entry = found->second;

@@ -38,11 +38,13 @@ TORCH_LIBRARY(esper_elastic, m) {
       "Tensor slots, bool compact, int normalized_dims, bool[3] mask) -> (Tensor, Tensor, Tensor)");
 
   m.def(
-      "conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor control, Tensor slots, int[2] stride, int[2] padding, int[2] dilation, "
-      "bool grouped, SymInt? width, ScalarType? dtype=None) -> Tensor");
+      "convolution(Tensor input, Tensor weight, Tensor? bias, Tensor control, Tensor slots, int[2] stride, int[2] padding, "
+      "int[2] dilation, bool transposed, int[2] output_padding, bool grouped, SymInt channels, bool compact, ScalarType? dtype=None) "
+      "-> Tensor");
   m.def(
-      "conv2d_backward(Tensor grad, Tensor input, Tensor weight, Tensor control, Tensor slots, int[2] stride, int[2] padding, "
-      "int[2] dilation, bool grouped, SymInt? width, bool[3] mask) -> (Tensor, Tensor, Tensor)");
+      "convolution_backward(Tensor grad, Tensor input, Tensor weight, SymInt bias_size, Tensor control, Tensor slots, int[2] stride, "
+      "int[2] padding, int[2] dilation, bool transposed, int[2] output_padding, bool grouped, bool compact, bool[3] mask) "
+      "-> (Tensor, Tensor, Tensor)");
   // Optimizer steps on active elements; see optim.cpp for counts and plans.
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, "

@@ -4,7 +4,16 @@ from . import errors, growth, importance, optim
 from .control import ControlBlock, ElasticDim, concat
 from .convert import export
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
-from .layers import ElasticBatchNorm1d, ElasticBatchNorm2d, ElasticBlock, ElasticConv1d, ElasticConv2d, ElasticLayerNorm, ElasticLinear
+from .layers import (
+    ElasticBatchNorm1d,
+    ElasticBatchNorm2d,
+    ElasticBlock,
+    ElasticConv1d,
+    ElasticConv2d,
+    ElasticConvTranspose2d,
+    ElasticLayerNorm,
+    ElasticLinear,
+)
 from .model import control_block, dims, disable, enable, resize, set_layout
 from .ops import backend_info
 
@@ -21,6 +30,7 @@ __all__ = [
     "ElasticLinear",
     "ElasticConv1d",
     "ElasticConv2d",
+    "ElasticConvTranspose2d",
     "backend_info",
     "control_block",
     "dims",

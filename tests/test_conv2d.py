@@ -315,7 +315,7 @@ def test_ops_say_beforehand_what_they_return(layout: str, memory_format: torch.m
         x = torch.rand(2, layer.in_channels, 5, 6).to(memory_format=memory_format).requires_grad_()
         with Record() as record:
             layer(x).square().sum().backward()
-        assert [op.name() for op, _, _ in record.calls] == ["esper_elastic::conv2d", "esper_elastic::conv2d_backward"]
+        assert [op.name() for op, _, _ in record.calls] == ["esper_elastic::convolution", "esper_elastic::convolution_backward"]
         for op, arguments, keywords in record.calls:
             operands = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
             torch.library.opcheck(op, operands, keywords, test_utils=("test_schema", "test_faketensor"))

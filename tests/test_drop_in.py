@@ -191,6 +191,7 @@ EXAMPLES: dict[str, Example] = {
     "ElasticLinear": Example((3, 5), {"max_in_features": 7, "max_out_features": 8}, (4, 3)),
     "ElasticConv1d": Example((3, 5, 3), {"max_in_channels": 7, "max_out_channels": 8}, (4, 3, 6)),
     "ElasticConv2d": Example((3, 5, 3), {"max_in_channels": 7, "max_out_channels": 8}, (4, 3, 6, 6)),
+    "ElasticConvTranspose2d": Example((3, 5, 3), {"max_in_channels": 7, "max_out_channels": 8}, (4, 3, 6, 6)),
     "ElasticBatchNorm1d": Example((3,), {"max_num_features": 7}, (4, 3)),
     "ElasticBatchNorm2d": Example((3,), {"max_num_features": 7}, (4, 3, 6, 6)),
     "ElasticLayerNorm": Example((3,), {"max_num_features": 7}, (4, 3)),

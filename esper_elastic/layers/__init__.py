@@ -3,7 +3,7 @@
 from .base import ElasticLayer
 from .batch_norm import ElasticBatchNorm1d, ElasticBatchNorm2d
 from .block import ElasticBlock
-from .conv import ElasticConv1d, ElasticConv2d
+from .conv import ElasticConv1d, ElasticConv2d, ElasticConvTranspose2d
 from .layer_norm import ElasticLayerNorm
 from .linear import ElasticLinear
 
@@ -13,6 +13,7 @@ __all__ = [
     "ElasticBlock",
     "ElasticConv1d",
     "ElasticConv2d",
+    "ElasticConvTranspose2d",
     "ElasticLayer",
     "ElasticLayerNorm",
     "ElasticLinear",

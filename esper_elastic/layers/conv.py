@@ -229,3 +229,73 @@ class ElasticConv2d(_ElasticConv, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         x, padding = self._padded(input)
         return ops.conv2d(x, self.weight, self.bias, self._widths, self.stride, padding, self.dilation, self._grouped)
+
+
+class ElasticConvTranspose2d(_ElasticConv, nn.ConvTranspose2d):
+    """An ``nn.ConvTranspose2d`` whose channels are data. With ``groups > 1`` the number of groups is, and the width per group is fixed.
+
+    Args:
+        in_channels: active input channels.
+        out_channels: active output channels.
+        kernel_size: as in ``nn.ConvTranspose2d``, like all up to ``dtype``.
+        stride: of the kernel.
+        padding: per side; so much less comes out.
+        output_padding: so much more comes out, at the end of each axis.
+        groups: active groups; 1 means that input and output channels are not tied, for ever.
+        bias: whether there is a bias.
+        dilation: of the kernel.
+        padding_mode: ``"zeros"``.
+        device: of the parameters.
+        dtype: of the parameters.
+        max_in_channels: capacity; defaults to ``in_channels``. With groups one of the two capacities gives the other.
+        max_out_channels: capacity; defaults to ``out_channels``.
+        in_dim: a dim to share, instead of a new one. With groups it gives the output channels theirs.
+        out_dim: a dim to share, instead of a new one. With groups it gives the input channels theirs.
+
+    Shape:
+        Input ``(N, in_channels, H, W)`` or without ``N``, output ``(N, out_channels, H', W')``: active sizes in compact layout, capacities
+        in static layout. ``weight`` is ``(in capacity, out capacity, kh, kw)``, with groups ``(in capacity, out per group, kh, kw)``, and
+        ``bias`` is ``(out capacity,)``, for ever.
+
+    Raises:
+        CapacityError: a size is no valid width, disagrees with the dim given, or splits a group.
+    """
+
+    dense_class = nn.ConvTranspose2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        output_padding: Pair = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Pair = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        max_in_channels: int | None = None,
+        max_out_channels: int | None = None,
+        in_dim: Axis | None = None,
+        out_dim: Axis | None = None,
+    ) -> None:
+        label, sizes = type(self).__name__, (in_channels, out_channels, groups)
+        dims = channel_dims(label, *sizes, max_in_channels, max_out_channels, in_dim, out_dim)
+        settings = stride, padding, output_padding, groups, bias, dilation, padding_mode, device, dtype
+        self._adopt(nn.ConvTranspose2d(in_channels, out_channels, kernel_size, *settings), dims)  # type: ignore[arg-type]
+
+    @property
+    def newborn(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
+        """What `grow` writes. A newborn group, whose inputs and outputs are born together, is drawn: its consumers' zeros hide it."""
+        return {"weight": ("draw" if self._grouped else "zero", "draw", "draw", "draw"), "bias": ("draw",)}
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """As that of ``nn.ConvTranspose2d``: ``output_size``, with or without batch and channels, takes the place of ``output_padding``."""
+        geometry = self.stride, self.padding, self.kernel_size, 2, self.dilation
+        extra = tuple(self._output_padding(input, output_size, *geometry))  # type: ignore[arg-type]
+        op = self.stride, self.padding, extra, self.dilation, self._grouped
+        return ops.conv_transpose2d(input, self.weight, self.bias, self._widths, *op)  # type: ignore[arg-type]

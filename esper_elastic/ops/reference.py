@@ -48,6 +48,28 @@ def conv2d(
     return fence(output, widths.control, widths.label)
 
 
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    widths: Widths,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    grouped: bool,
+) -> Tensor:
+    """``output[r] = sum_c weight[c, r] * input[c] + bias[r]``, ``*`` the transpose of that of :func:`conv2d`, over active r and c."""
+    rows, columns = widths.axes
+    x, w, b = fence_operands(widths, input, weight, bias)
+    w = active_slice(w, 0, columns)
+    w, groups = (w, rows.active // weight.shape[1]) if grouped else (active_slice(w, 1, rows), 1)
+    b = None if b is None else active_slice(b, 0, rows)
+    x = enter(x, -3, columns, widths)
+    output = F.conv_transpose2d(x, w, b, stride, padding, output_padding, groups, dilation)
+    return fence(leave(output, -3, rows, widths), widths.control, widths.label)
+
+
 def batch_norm(
     input: Tensor,
     weight: Tensor | None,

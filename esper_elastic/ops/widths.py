@@ -68,18 +68,25 @@ class Widths:
         self.segments = [*counts, len(self.switches), int(aligned)]
         self.backend = choose(device, self.static)
 
-    def serving(self, *operands: Tensor | None) -> str:
+    def serving(self, *operands: Tensor | None, lacking: str | None = None) -> str:
         """The backend for this call. Functional transforms and forward mode are left to the reference, and so is what no kernel takes.
+
+        Args:
+            operands: of the op.
+            lacking: what the op computes, if Triton has no kernel for it at all.
 
         Raises:
             GraphCaptureError: a CUDA graph is being captured in static layout, and the reference, whose widths are numbers on the host,
                 would serve it.
-            LayoutError: no kernel takes the operands, and ``ESPER_ELASTIC_BACKEND=triton`` allows no other backend.
+            LayoutError: no kernel takes the call, and ``ESPER_ELASTIC_BACKEND=triton`` allows no other backend.
         """
         if not self.static and torch.compiler.is_compiling():
             _warn_specialised()
         backend = self.backend
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            backend = "reference"
+        elif backend == "triton" and lacking is not None:
+            refuse_triton(lacking, "there are no kernels for them")
             backend = "reference"
         elif backend == "triton":
             strange = {t.dtype for t in operands if t is not None} - _TRITON_DTYPES
