@@ -51,9 +51,9 @@ def images(height: int, width: int, channels: int = 3) -> Tensor:
     return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
-def tokens(length: int, vocabulary: int, seed: int = 1) -> Tensor:
-    """A batch of two sequences of token numbers."""
-    return torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(seed))
+def tokens(length: int, vocabulary: int, batch: int = 3, seed: int = 1) -> Tensor:
+    """A batch of sequences of token numbers."""
+    return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def by_name(*cases: Case) -> dict[str, Case]:
