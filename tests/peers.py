@@ -41,6 +41,13 @@ def pruned_by_torch_pruning(
         layer_path: the layer whose output channels go.
         out_channel_indices: which of them.
 
+    Effects:
+        Torch-Pruning 1.6.1 does not come to an end on a dim that is sliced and concatenated again: the residual stream of Llama, whose
+        heads are rotated so, and the case `select_channels`.
+
+    Raises:
+        ValueError: the indices would leave a member of the group without a unit, or the layer took no part in the trace.
+
     Returns:
         The pruned copy, and the group: each layer's path, the side that is cut ("in" or "out"; "out" for norms and for bare parameters,
         which stand under their own path), and the sorted indices on that side. Concatenations and other functions are left out.

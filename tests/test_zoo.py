@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from zoo import AWKWARD, MODELS, Case, Inputs
+from zoo import AWKWARD, BIG, MODELS, Case, Inputs
 
 
 def built(case: Case) -> nn.Module:
@@ -44,6 +44,8 @@ def test_model_runs_and_learns(case):
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+# nn.LSTM and the hook of weight_norm assign tensors while they run
+@pytest.mark.filterwarnings("ignore:The tensor attribute:UserWarning")
 @pytest.mark.parametrize("case", EXPORTED)
 def test_model_traces(case):
     args, kwargs = as_call(case.inputs())
@@ -57,3 +59,10 @@ def test_model_does_not_trace(case):
     args, kwargs = as_call(case.inputs())
     with pytest.raises((RuntimeError, TypeError, ValueError)):
         torch.export.export(built(case).eval(), args, kwargs, strict=False)
+
+
+@pytest.mark.parametrize(("name", "num_parameters"), [("resnet50", 25_557_032), ("encoder_base", 109_480_704)])
+def test_full_size_models_are_of_full_size(name, num_parameters):
+    with torch.device("meta"):
+        model = BIG[name].build()
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters

@@ -25,7 +25,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
-        q, k, v = (layer(x).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        q, k, v = (
+            layer(x).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
         x = F.scaled_dot_product_attention(q, k, v)
         return self.output(x.transpose(1, 2).reshape(batch, length, width))
 
@@ -70,4 +72,9 @@ class Encoder(nn.Module):
 BIG = by_name(
     Case("resnet50", lambda: ResNet(Bottleneck, (3, 4, 6, 3), width=64, num_classes=1000), lambda: images(64, 96)),
     Case("encoder_base", Encoder, lambda: tokens(11, 30522)),
+)
+
+# the same encoder, small
+SMALL = by_name(
+    Case("encoder", lambda: Encoder(50, hidden_size=24, num_layers=2, num_heads=4, intermediate_size=40), lambda: tokens(11, 50))
 )

@@ -51,6 +51,11 @@ def images(height: int, width: int, channels: int = 3) -> Tensor:
     return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
+def pictures() -> Tensor:
+    """Small images for the hard cases."""
+    return images(21, 29)
+
+
 def tokens(length: int, vocabulary: int, batch: int = 3, seed: int = 1) -> Tensor:
     """A batch of sequences of token numbers."""
     return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
