@@ -42,8 +42,8 @@ def pruned_by_torch_pruning(
         out_channel_indices: which of them.
 
     Effects:
-        Torch-Pruning 1.6.1 does not come to an end on a dim that is sliced and concatenated again: the residual stream of Llama, whose
-        heads are rotated so, and the case `select_channels`.
+        Torch-Pruning 1.6.1 does not come to an end on a dim that is sliced and concatenated again: the projections of Llama's queries, keys
+        and values, whose heads are rotated so, and the case `select_channels`.
 
     Raises:
         ValueError: the indices would leave a member of the group without a unit, or the layer took no part in the trace.

@@ -19,9 +19,9 @@ def test_group_of_a_residual_stage():
     produced = ["layer4.0.bn2", "layer4.0.conv2", "layer4.0.downsample.0", "layer4.0.downsample.1", "layer4.1.bn2", "layer4.1.conv2"]
     consumed = ["fc", "layer4.1.conv1"]
     assert group == sorted([*((path, "out", [3, 7]) for path in produced), *((path, "in", [3, 7]) for path in consumed)])
+    assert pruned.training
     assert pruned.fc.weight.shape == (10, 94)
     assert call(pruned.eval(), case.inputs()).shape == (2, 10)
-    assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
