@@ -2,7 +2,7 @@
 
 from . import errors, growth, importance, optim
 from .control import ControlBlock, ElasticDim, concat
-from .convert import export
+from .convert import Plan, elasticize, export, plan
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
 from .layers import (
     ElasticBatchNorm1d,
@@ -35,8 +35,11 @@ __all__ = [
     "control_block",
     "dims",
     "disable",
+    "elasticize",
     "enable",
     "export",
+    "plan",
+    "Plan",
     "resize",
     "set_layout",
     "growth",

@@ -27,6 +27,10 @@ class LayoutError(ElasticError, ValueError):
     """An operand whose width or layout is not the one that the layer has now."""
 
 
+class ConversionError(ElasticError, ValueError):
+    """A model that cannot be made elastic as it stands, or example inputs that it does not take."""
+
+
 class OwnerError(ElasticError, RuntimeError):
     """A commit from a thread that does not own the control block."""
 

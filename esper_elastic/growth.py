@@ -49,7 +49,7 @@ def grow(dim: ElasticDim, n: int, init: str = "zero", exact: bool = True) -> Non
         return
     found = _checked(dim, where)
     if exact:
-        _require_exact(found, init, where)
+        _require_exact(dim, found, init, where)
 
     def give_birth() -> None:
         birth = _draw if init == "zero" else _split
@@ -101,7 +101,12 @@ def _checked(dim: ElasticDim, where: str) -> list[Place]:
     return found
 
 
-def _require_exact(found: list[Place], init: str, where: str) -> None:
+def _require_exact(dim: ElasticDim, found: list[Place], init: str, where: str) -> None:
+    if found and dim.mixed is not None:
+        raise CapacityError(
+            f"{where}: plain code mixes all its units, so newborn ones change what it gives: {dim.mixed}. "
+            "Pass exact=False to grow all the same."
+        )
     mixing = next((place.layer for place in found if place.layer.mixes_units), None)
     if mixing is not None:
         raise CapacityError(

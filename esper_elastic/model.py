@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from .control import ControlBlock, ElasticDim
 from .errors import LayoutError, UnknownDimError
-from .layers import ElasticBlock, ElasticLayer
+from .layers import ElasticLayer, Switchable
 
 
 class Dims(dict[str, ElasticDim]):
@@ -93,14 +93,20 @@ def set_layout(model: nn.Module, layout: str) -> None:
     if layout == "static":
         for path, block in structure.blocks.items():
             _refuse_plain_statistics(path, block)
+        for dim in {dim for layer in structure.layers for _, axis in layer.named_axes() for dim in axis.dims}:
+            if dim.compact_only is not None:
+                raise LayoutError(
+                    f"set_layout: {dim.label} cannot be static: {dim.compact_only}, over dormant units as over active ones. "
+                    "Stay compact, or convert the model without that dim (exclude=)."
+                )
     for layer in structure.layers:
         layer.layout = layout
     for block in structure.blocks.values():
-        block.layout = layout
+        block.be_static(layout == "static")
 
 
-def _refuse_plain_statistics(path: str, block: ElasticBlock) -> None:
-    for name, module in block.module.named_modules():
+def _refuse_plain_statistics(path: str, block: Switchable) -> None:
+    for name, module in block.inside.named_modules():
         plain = isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(module, ElasticLayer)
         if plain and module.track_running_stats:
             raise LayoutError(
@@ -116,7 +122,7 @@ class _Structure:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers: list[ElasticLayer] = []
-        self.blocks: dict[str, ElasticBlock] = {}
+        self.blocks: dict[str, Switchable] = {}
         self.dims = Dims()
         self._children: list[tuple[weakref.ref[nn.Module], tuple[nn.Module | None, ...]]] = []
         named: set[int] = set()
@@ -125,12 +131,12 @@ class _Structure:
             if isinstance(module, ElasticLayer):
                 self.layers.append(module)
                 module._widths.label = f"{type(module).__name__} {path!r}" if path else type(module).__name__
-                produced = module._widths.axes[0].dims
+                produced = module.produced
                 for index, dim in enumerate(produced):
-                    if id(dim) not in named:
+                    if id(dim) not in named and dim.rigid is None:
                         named.add(id(dim))
                         self._name(dim, path if len(produced) == 1 else f"{path}:{index}")
-            elif isinstance(module, ElasticBlock):
+            if isinstance(module, Switchable):
                 self.blocks[path] = module
                 module.switch.path = path
         owners = [layer._widths.block for layer in self.layers] + [block.switch.block for block in self.blocks.values()]
@@ -173,7 +179,7 @@ def _structure(model: nn.Module, look: bool = False) -> _Structure:
     return known
 
 
-def _block(model: nn.Module, name: str) -> ElasticBlock:
+def _block(model: nn.Module, name: str) -> Switchable:
     structure = _structure(model)
     block = structure.blocks.get(name)
     if block is None:

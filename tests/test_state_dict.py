@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 import esper_elastic as ee
 from esper_elastic.errors import StateDictError
 from esper_elastic.layers import registry
-from esper_elastic.layers.base import _write_active as write_active
+from esper_elastic.layers.base import write_active
 
 KEY = "_esper_elastic"
 

@@ -121,9 +121,18 @@ class ElasticDim(Entry, Axis):
         multiple_of: every width is a multiple of it.
         name: how messages call the dim.
 
+    Attributes:
+        rigid: why the width cannot change, as conversion of a model found, or ``None``.
+        compact_only: why activations of the dim cannot be static, or ``None``.
+        mixed: what plain code computes from all of its units at once, so that no newborn one can leave it as it is, or ``None``.
+
     Raises:
         CapacityError: ``active`` is not a multiple between minimum and capacity.
     """
+
+    rigid: str | None = None
+    compact_only: str | None = None
+    mixed: str | None = None
 
     def __init__(
         self, active: int, capacity: int | None = None, *, minimum: int = 1, multiple_of: int = 1, name: str | None = None
@@ -164,7 +173,7 @@ class ElasticDim(Entry, Axis):
         found = []
         for layer in self.users():
             for name, axes in layer.tensor_axes().items():
-                tensor = getattr(layer, name)
+                tensor = layer.storage(name)
                 if tensor is None:
                     continue
                 for index, axis in enumerate(axes):
@@ -180,6 +189,8 @@ class ElasticDim(Entry, Axis):
         """
         if type(n) is not int:
             n = exact_int(n, self.label, "width")
+        if self.rigid is not None and n != self._value:
+            raise CapacityError(f"{self.label}: cannot activate {n} units: its width is fixed at {self._value}, since {self.rigid}.")
         if n > self._capacity:
             raise CapacityError(
                 f"{self.label}: cannot activate {n} units: capacity is {self._capacity}. "

@@ -1,5 +1,7 @@
 """From plain models to elastic ones and back."""
 
+from .elasticize import elasticize, plan
 from .export import export
+from .plan import Plan
 
-__all__ = ["export"]
+__all__ = ["Plan", "elasticize", "export", "plan"]

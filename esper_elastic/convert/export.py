@@ -1,4 +1,4 @@
-"""``export``: an elastic model as ordinary ``nn`` modules of the active size."""
+"""``export``: an elastic model as ordinary modules of the active size."""
 
 from __future__ import annotations
 
@@ -6,38 +6,82 @@ import copy
 import math
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..layers import ElasticBlock, ElasticLayer
+from ..layers import ElasticBlock, ElasticLayer, ElasticView, Switchable
+from .dynamic import Converted, original_class
+
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
 def export(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` in which nothing elastic is left: ordinary ``nn`` modules that hold the active weights alone.
+    """A copy of ``model`` in which nothing elastic is left: ordinary modules that hold the active weights alone.
 
-    A block that is on becomes the module inside it. One that is off becomes ``nn.Identity()``, or for a branch ``nn.Threshold(inf, 0)``,
-    which maps every finite number to zero. Tied parameters stay tied; hooks of elastic layers do not travel. Sizes that the model's own
-    code keeps in attributes are copied as they are.
+    A converted module gets its own class back, with the sizes that it keeps as they are now; a hand-built elastic layer becomes the ``nn``
+    layer that it stands for. A block that is on becomes the module that it was or holds. One that is off becomes ``nn.Identity()``, or for
+    a branch ``nn.Threshold(inf, 0)``, which maps every finite number to zero. Tied parameters stay tied; hooks travel as in a deepcopy.
 
     Effects:
         None on ``model``. Allocates the active weights once; draws no random number.
     """
     memo: dict[int, Any] = {}
-    ties: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        if isinstance(module, ElasticLayer):
-            memo[id(module)] = _dense(module, ties)
-    for module in reversed(list(model.modules())):  # inner blocks first
-        if isinstance(module, ElasticBlock):
-            if module.on:
-                memo[id(module)] = copy.deepcopy(module.module, memo)
-            else:
-                memo[id(module)] = nn.Identity() if module.kind == "block" else nn.Threshold(math.inf, 0.0)
+    elastic = [module for module in model.modules() if isinstance(module, ElasticLayer | Converted)]
+    for module in elastic:
+        off = isinstance(module, Switchable) and not module.on
+        memo[id(module)] = _substitute(module) if off else original_of(module).__new__(original_of(module))
+    for module in elastic:
+        for tensor, part in _tensors(module):
+            memo.setdefault(id(tensor), part)
+    for module in elastic:
+        if not (isinstance(module, Switchable) and not module.on):
+            memo[id(module)].__dict__.update(copy.deepcopy(_plain_attributes(module), memo))
+    for block in reversed(list(model.modules())):  # inner ones first
+        if isinstance(block, ElasticBlock):
+            memo[id(block)] = copy.deepcopy(block.module, memo) if block.on else _substitute(block)
     return copy.deepcopy(model, memo)
 
 
-def _dense(layer: ElasticLayer, ties: dict[int, nn.Parameter]) -> nn.Module:
-    dense = layer.to_dense()
-    for name, parameter in layer._parameters.items():
-        if parameter is not None:
-            dense._parameters[name] = ties.setdefault(id(parameter), dense._parameters[name])  # type: ignore[arg-type]
-    return dense
+def original_of(module: nn.Module) -> type[nn.Module]:
+    """The class of the ordinary module that an elastic one stands for."""
+    if isinstance(module, Converted):
+        return original_class(module)
+    assert isinstance(module, ElasticLayer)
+    return module.dense_class
+
+
+def _substitute(block: nn.Module) -> nn.Module:
+    """What a block that is off computes."""
+    assert isinstance(block, Switchable)
+    return nn.Identity() if block.kind == "block" else nn.Threshold(math.inf, 0.0)
+
+
+def _tensors(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Elastic parameters and buffers of a module, each with a plain copy of what is active."""
+    found: list[tuple[Tensor, Tensor]] = []
+    if not isinstance(module, ElasticLayer):
+        return found
+    for name, axes in module.tensor_axes().items():
+        tensor = module._parameters.get(name, module._buffers.get(name))
+        if tensor is None or all(axis is None for axis in axes):
+            continue
+        part = module.active(name).detach().clone()
+        found.append((tensor, nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part))
+    return found
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What the ordinary module has as attributes; tensors are still the elastic ones."""
+    ours = set(_SWITCH_ATTRIBUTES) if isinstance(module, Switchable) else set()
+    sizes: dict[str, Any] = {}
+    if isinstance(module, ElasticView):
+        ours |= set(_VIEW_ATTRIBUTES)
+        sizes = {name: module.active_size(name) for name in module._sizes}
+    elif isinstance(module, ElasticLayer):
+        ours |= module.own_attributes()
+        template = module._dense("meta", None).__dict__
+        sizes = {name: value for name, value in template.items() if name not in module.__dict__ and name not in _MODULE_ATTRIBUTES}
+    return {name: value for name, value in module.__dict__.items() if name not in ours} | sizes
+
+
+_VIEW_ATTRIBUTES = ("_axes", "_sizes", "_widths", "_masks", "newborn", "mixes_units")
+_SWITCH_ATTRIBUTES = ("kind", "static", "switch", "_position", "control", "slot", "backend")

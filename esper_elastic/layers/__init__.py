@@ -2,10 +2,11 @@
 
 from .base import ElasticLayer
 from .batch_norm import ElasticBatchNorm1d, ElasticBatchNorm2d
-from .block import ElasticBlock
+from .block import ElasticBlock, Switchable
 from .conv import ElasticConv1d, ElasticConv2d, ElasticConvTranspose2d
 from .layer_norm import ElasticLayerNorm
 from .linear import ElasticLinear
+from .view import ElasticView
 
 __all__ = [
     "ElasticBatchNorm1d",
@@ -17,4 +18,6 @@ __all__ = [
     "ElasticLayer",
     "ElasticLayerNorm",
     "ElasticLinear",
+    "ElasticView",
+    "Switchable",
 ]

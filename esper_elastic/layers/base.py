@@ -6,6 +6,7 @@ its active size, and calls its op. Nothing here computes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import torch
@@ -28,6 +29,7 @@ class ElasticLayer(nn.Module):
     newborn: ClassVar[dict[str, tuple[str, ...]]]
     #: Whether one unit's output depends on the others of the same dim, so that no newborn unit can leave the function as it is.
     mixes_units: ClassVar[bool] = False
+    speaks_of_widths = True  # a state_dict does
     _widths: Widths
 
     # What a concrete layer supplies
@@ -47,6 +49,24 @@ class ElasticLayer(nn.Module):
     def inseparable(self, name: str) -> int:
         """Neighbouring indices of the first axis of tensor ``name`` that stay or go together, being one group to the layer."""
         return 1
+
+    def storage(self, name: str) -> Tensor | None:
+        """A parameter or buffer at capacity."""
+        tensor: Tensor | None = getattr(self, name)
+        return tensor
+
+    def named_axes(self) -> Iterator[tuple[str, Axis]]:
+        """The layer's axes by the names that a ``state_dict`` gives them."""
+        return ((name.removesuffix("_dim"), value) for name, value in vars(self).items() if isinstance(value, Axis))
+
+    def own_attributes(self) -> set[str]:
+        """Names of the attributes that the ``nn`` layer does not have."""
+        return {"_widths", *(name for name, value in vars(self).items() if isinstance(value, Axis))}
+
+    @property
+    def produced(self) -> list[ElasticDim]:
+        """The dims of the units that the layer makes."""
+        return self._widths.axes[0].dims
 
     # Construction
 
@@ -73,12 +93,12 @@ class ElasticLayer(nn.Module):
             if parameter is None:
                 self.register_parameter(name, None)
             else:
-                storage = nn.Parameter(_at_capacity(parameter, axes[name]), requires_grad=parameter.requires_grad)
+                storage = nn.Parameter(at_capacity(parameter, axes[name]), requires_grad=parameter.requires_grad)
                 self.register_parameter(name, storage)
         for name, buffer in dense._buffers.items():
             axes_here = axes.get(name)
             persistent = name not in dense._non_persistent_buffers_set
-            kept = buffer if buffer is None or axes_here is None else _at_capacity(buffer, axes_here)
+            kept = buffer if buffer is None or axes_here is None else at_capacity(buffer, axes_here)
             self.register_buffer(name, kept, persistent)
         self.bind_control()
         self._fill(dense)
@@ -87,17 +107,17 @@ class ElasticLayer(nn.Module):
     def _fill(self, dense: nn.Module) -> None:
         """Copy ``dense`` into the active slices, and draw the dormant rest from the same law with a generator of its own."""
         for name, axes in self.tensor_axes().items():
-            storage, source = getattr(self, name), getattr(dense, name)
+            storage, source = self.storage(name), getattr(dense, name)
             if storage is None or storage.is_meta:
                 continue
             if any(axis is not None and axis.active < axis.capacity for axis in axes):
                 self._fill_dormant(name, storage)
-            _write_active(storage, axes, source)
+            write_active(storage, axes, source)
 
     def _fill_dormant(self, name: str, storage: Tensor) -> None:
         """Give all of ``storage`` finite values of the law that the active slice is drawn from."""
         bound = self._init_bound()
-        storage.uniform_(-bound, bound, generator=_private_generator(storage.device))
+        storage.uniform_(-bound, bound, generator=private_generator(storage.device))
 
     def reset_parameters(self) -> None:
         """Draw the active slice as ``nn`` would with the same seed, and the dormant part from a generator of its own."""
@@ -137,7 +157,8 @@ class ElasticLayer(nn.Module):
 
         A view of the storage, unless the slice has several runs (concatenated dims), which are then copied together.
         """
-        tensor: Tensor = getattr(self, name)
+        tensor = self.storage(name)
+        assert tensor is not None, name
         for index, axis in enumerate(self.tensor_axes().get(name, ())):
             if axis is not None:
                 tensor = active_slice(tensor, index, axis)
@@ -149,7 +170,7 @@ class ElasticLayer(nn.Module):
         """Load as ``nn`` does, and tensors of the active size into the active slice."""
         assign = local_metadata.get("assign_to_params_buffers", False)
         for name, axes in self.tensor_axes().items():
-            storage, source = getattr(self, name), state_dict.get(prefix + name)
+            storage, source = self.storage(name), state_dict.get(prefix + name)
             if storage is None or not isinstance(source, Tensor) or source.shape == storage.shape:
                 continue
             if source.shape == tuple(size if axis is None else axis.active for size, axis in zip(storage.shape, axes, strict=True)):
@@ -164,12 +185,12 @@ class ElasticLayer(nn.Module):
         if storage.is_meta and not assign:
             return source.new_zeros(()).expand(storage.shape)  # for torch to warn of, and to load nothing from
         if assign:
-            old, storage = storage, _at_capacity(source, axes)
+            old, storage = storage, at_capacity(source, axes)
             if old.is_meta:
                 self._fill_dormant(name, storage)
             else:
                 storage.copy_(old)
-        _write_active(storage, axes, source)
+        write_active(storage, axes, source)
         return storage
 
     # Layout
@@ -255,12 +276,12 @@ def resolve_dim(label: str, size: int, what: str, capacity: int | None, dim: Axi
     return dim
 
 
-def _at_capacity(tensor: Tensor, axes: tuple[Axis | None, ...]) -> Tensor:
+def at_capacity(tensor: Tensor, axes: tuple[Axis | None, ...]) -> Tensor:
     shape = [size if axis is None else axis.capacity for size, axis in zip(tensor.shape, axes, strict=True)]
     return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _write_active(storage: Tensor, axes: tuple[Axis | None, ...], source: Tensor) -> None:
+def write_active(storage: Tensor, axes: tuple[Axis | None, ...], source: Tensor) -> None:
     """Copy ``source`` into the active slice of ``storage``, run by run."""
     pending = [(storage, source, 0)]
     while pending:
@@ -275,7 +296,7 @@ def _write_active(storage: Tensor, axes: tuple[Axis | None, ...], source: Tensor
             offset += length
 
 
-def _private_generator(device: torch.device) -> torch.Generator:
+def private_generator(device: torch.device) -> torch.Generator:
     """A generator that depends on the global seed and state but does not advance them."""
     fork = torch.Generator(device)
     fork.set_state(torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device))

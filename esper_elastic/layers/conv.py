@@ -48,6 +48,9 @@ class _ElasticConv(ElasticLayer, _ConvNd):
         self._group_width = dense.in_channels // dense.groups if dense.groups > 1 else None
         super()._adopt(dense, dims)
 
+    def own_attributes(self) -> set[str]:
+        return {*super().own_attributes(), "_group_width"}
+
     @property
     def in_channels(self) -> int:  # type: ignore[override]
         """The input channels that activations have now."""

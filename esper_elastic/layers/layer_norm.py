@@ -69,6 +69,9 @@ class ElasticLayerNorm(ElasticLayer, nn.LayerNorm):
         self._fixed_shape = dense.normalized_shape[1:]
         self._adopt(dense, dims)
 
+    def own_attributes(self) -> set[str]:
+        return {*super().own_attributes(), "_fixed_shape"}
+
     @property
     def normalized_shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """The normalised sizes that activations have now."""

@@ -95,14 +95,12 @@ def names(root: nn.Module) -> Names:
     for path, module in root.named_modules():
         if not _is_elastic(module):
             continue
-        for attribute, value in vars(module).items():
-            place = f"{path}.{attribute}".lstrip(".").removesuffix("_dim")
-            if isinstance(value, Axis):
-                dims = value.dims
-                for index, dim in enumerate(dims):
-                    found.dims[place if len(dims) == 1 else f"{place}.{index}"] = dim
-            elif isinstance(value, Switch):
-                found.switches[place] = value
+        for attribute, axis in module.named_axes() if hasattr(module, "named_axes") else ():
+            place, dims = f"{path}.{attribute}".lstrip("."), axis.dims
+            for index, dim in enumerate(dims):
+                found.dims[place if len(dims) == 1 else f"{place}.{index}"] = dim
+        if isinstance(getattr(module, "switch", None), Switch):
+            found.switches[f"{path}.switch".lstrip(".")] = module.switch
     return found
 
 
@@ -118,7 +116,7 @@ def _holds_elastic(root: nn.Module) -> bool:
 
 
 def _is_elastic(module: nn.Module) -> bool:
-    return hasattr(type(module), "tensor_axes")
+    return hasattr(type(module), "speaks_of_widths")
 
 
 # Saving
@@ -271,11 +269,11 @@ def _size(axis: Axis, widths: dict[ElasticDim, int]) -> int:
 def _tensors(root: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[_Loaded]:
     """The tensors of ``state_dict`` that are for elastic layers, under every path that a layer has."""
     for path, layer in root.named_modules(remove_duplicate=False):
-        if not _is_elastic(layer):
+        if not hasattr(type(layer), "tensor_axes"):
             continue
         for name, axes in layer.tensor_axes().items():
             key = f"{path}.{name}" if path else name
-            storage, tensor = getattr(layer, name, None), state_dict.get(key)
+            storage, tensor = layer.storage(name), state_dict.get(key)
             if storage is not None and isinstance(tensor, Tensor) and any(axis is not None for axis in axes):
                 yield _Loaded(key, tensor.shape, storage, axes)
 

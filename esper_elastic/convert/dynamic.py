@@ -1,0 +1,97 @@
+"""Classes made for converted modules: the module's own class with an elastic one before it, and properties for what follows dims.
+
+A converted module stays the object that it was; only its class changes, to a subclass of its own. Such a class is made once for each
+combination and travels through pickle and deepcopy as the recipe that it was made by.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..errors import CapacityError
+from ..layers import ElasticView, Switchable
+
+
+class Recipe(NamedTuple):
+    """What a class is made of.
+
+    Attributes:
+        original: the module's own class.
+        elastic: the class of layers that takes its place, :class:`ElasticView`, or ``None``.
+        tensors: parameters and buffers of a view that are read through properties.
+        sizes: attributes that follow axes.
+        switched: whether a switch can turn the module off.
+    """
+
+    original: type[nn.Module]
+    elastic: type[nn.Module] | None
+    tensors: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+    switched: bool = False
+
+
+class Converted:
+    """Marks the classes of converted modules."""
+
+    recipe: Recipe
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        getstate = getattr(self, "__getstate__", None)
+        return revive, (self.recipe,), getstate() if getstate is not None else self.__dict__
+
+
+def revive(recipe: Recipe) -> nn.Module:
+    """An object of the class of a recipe, for pickle to fill."""
+    made = make_class(recipe)
+    return made.__new__(made)
+
+
+class _Switched(Switchable):
+    """A converted module with a switch: what it computes is the forward of its own class."""
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        return super(Switchable, self).forward(*args, **kwargs)
+
+
+@functools.cache
+def make_class(recipe: Recipe) -> type[nn.Module]:
+    """The class of a recipe."""
+    bases: list[type] = [Converted]
+    if recipe.switched:
+        bases.append(_Switched)
+    if recipe.elastic is not None:
+        bases.append(recipe.elastic)
+    if not any(issubclass(base, recipe.original) for base in bases):
+        bases.append(recipe.original)
+    body: dict[str, Any] = {"recipe": recipe, "__module__": recipe.original.__module__, "__doc__": recipe.original.__doc__}
+    body |= {name: _tensor(name) for name in recipe.tensors} | {name: _size(name) for name in recipe.sizes}
+    plain = recipe.elastic is ElasticView and not recipe.tensors
+    name = recipe.original.__name__
+    if not plain and recipe.elastic is not None and not name.startswith("Elastic"):
+        name = f"Elastic{name}"
+    made = type(name, tuple(bases), body)
+    made.__qualname__ = name
+    return made
+
+
+def _tensor(name: str) -> property:
+    return property(lambda self: self.read(name))
+
+
+def _size(name: str) -> property:
+    def get(self: Any) -> Any:
+        return self.size(name)
+
+    def set(self: Any, value: Any) -> None:
+        if value != self.size(name):
+            raise CapacityError(f"{type(self).__name__}.{name} follows the dims of the model: resize them to change it, got {value!r}.")
+
+    return property(get, set)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before conversion."""
+    return module.recipe.original if isinstance(module, Converted) else type(module)

@@ -1,0 +1,460 @@
+"""What conversion will do to a model, as data: dims, what each module becomes, which blocks get a switch, and what stays rigid and why.
+
+A plan is made by :func:`make_plan` from a model and example inputs, which it leaves alone; it prints itself, and travels as JSON. It is
+carried out by :mod:`elasticize`, on the model or on another of the same structure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConversionError
+from .axes import Axes
+from .forms import Form, form_of
+from .structure import Atom, Structure, atoms, forget_history, size, stiffen
+from .switches import find_switches
+from .trace import Example, Run, in_mode, owned_tensors, run
+from .verify import Mode, Verification
+
+FORMAT = 1
+
+#: An axis as data: per stretch ``[index of the dim, inner]``, or ``[None, length]`` for fixed indices.
+Stretches = list[list[Any]]
+
+
+@dataclasses.dataclass
+class PlannedDim:
+    """A dim to be made.
+
+    Attributes:
+        name: the path of the first module that produces it.
+        size: the present width.
+        capacity: the width to allocate.
+        minimum: the smallest width.
+        multiple_of: what every width is a multiple of.
+        bindings: ``tensor[axis]`` of every tensor axis that it runs through.
+        compact_only: why it cannot change in static layout, or ``None``.
+        mixed: what plain code computes from all of its units at once, or ``None``.
+        note: why its capacity is not what was asked for, or ``None``.
+    """
+
+    name: str
+    size: int
+    capacity: int
+    minimum: int
+    multiple_of: int
+    bindings: list[str]
+    compact_only: str | None = None
+    mixed: str | None = None
+    note: str | None = None
+
+
+@dataclasses.dataclass
+class PlannedModule:
+    """What one module becomes.
+
+    Attributes:
+        path: of the module.
+        layer: name of the elastic layer that takes its place, or ``None`` for a view of its tensors and sizes.
+        axes: of a layer, by the names that its constructor knows.
+        tensors: of a view, the axes of each parameter and buffer; ``None`` where a size is fixed.
+        sizes: attributes that follow axes, each ``{"axis": ..., "over": divisor}``; of a tuple, a list with that or ``None`` per element.
+        newborn: of a view, what newborn units get, per tensor and axis.
+        mixed: of a view, whether newborn units change what it gives.
+        switch: ``"block"`` or ``"branch"`` if it gets a switch.
+    """
+
+    path: str
+    layer: str | None = None
+    axes: dict[str, Stretches] = dataclasses.field(default_factory=dict)
+    tensors: dict[str, list[Stretches | None]] = dataclasses.field(default_factory=dict)
+    sizes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    newborn: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    mixed: bool = False
+    switch: str | None = None
+
+
+@dataclasses.dataclass
+class RigidAxis:
+    """An axis of a parameter that stays as it is."""
+
+    tensor: str
+    axis: int
+    size: int
+    reason: str
+
+
+@dataclasses.dataclass
+class Plan:
+    """What conversion will do.
+
+    Attributes:
+        dims: to be made, in the order of the modules that produce them.
+        modules: to be changed.
+        rigid: axes of parameters that stay as they are.
+        parameters: number of elements of all parameters, and of those that have an elastic axis.
+    """
+
+    dims: list[PlannedDim]
+    modules: list[PlannedModule]
+    rigid: list[RigidAxis]
+    parameters: tuple[int, int]
+
+    @property
+    def coverage(self) -> float:
+        """The share of the parameters' elements that lie on an elastic axis."""
+        total, elastic = self.parameters
+        return elastic / total if total else 0.0
+
+    @property
+    def switches(self) -> dict[str, str]:
+        """The modules that get a switch, and of which kind."""
+        return {module.path: module.switch for module in self.modules if module.switch is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-able data."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Plan:
+        """The plan that :meth:`to_json` wrote.
+
+        Raises:
+            ConversionError: it is none.
+        """
+        try:
+            if content["format"] != FORMAT:
+                raise ConversionError(
+                    f"plan: format: expected {FORMAT}, got {content['format']!r}. Another version of esper_elastic wrote it."
+                )
+            return cls(
+                [PlannedDim(**item) for item in content["dims"]],
+                [PlannedModule(**item) for item in content["modules"]],
+                [RigidAxis(**item) for item in content["rigid"]],
+                (int(content["parameters"][0]), int(content["parameters"][1])),
+            )
+        except (KeyError, TypeError, IndexError) as error:
+            raise ConversionError(f"plan: expected what Plan.to_json() gives, got something else ({error!r}).") from error
+
+    def apply(self, model: nn.Module, optimizer: Any = None) -> None:
+        """Carry the plan out on ``model``: see :func:`esper_elastic.elasticize`."""
+        from .elasticize import apply_plan
+
+        apply_plan(self, model, optimizer)
+
+    def __str__(self) -> str:
+        from .report import report
+
+        return report(self)
+
+
+def make_plan(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    capacity: float | Mapping[str, float] = 1.0,
+    minimum: int = 1,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+) -> Plan:
+    """Find out what in a model can be elastic. See :func:`esper_elastic.plan`."""
+    _refuse_elastic(model)
+    example = Example(example_inputs)
+    axes = Axes()
+    for name, _, _, tensor in owned_tensors(model):
+        axes.names.setdefault(id(tensor), name)
+    try:
+        runs = _runs(model, example, axes)
+        _fix_excluded(model, axes, _patterns("exclude", exclude))
+        verification = Verification(model, example, axes, runs)
+        verification.settle()
+        wanted = _patterns("include", include)
+        if wanted:
+            _fix_others(model, axes, wanted)
+        return _Planner(model, axes, verification, runs, capacity, minimum).plan()
+    finally:
+        forget_history()
+
+
+def _runs(model: nn.Module, example: Example, axes: Axes) -> dict[Mode, Run]:
+    """Runs in every mode that code may branch on. What evaluation does not reach, training may, and the other way round."""
+    runs: dict[Mode, Run] = {}
+    for mode in (Mode(False, True), Mode(True, True), Mode(False, False)):
+        try:
+            with in_mode(model, mode.training):
+                runs[mode] = run(model, example, grad=mode.grad)
+        except ConversionError:
+            if not runs:
+                raise
+            continue  # layers dropped at random, in training alone
+        axes.read(runs[mode])
+    return runs
+
+
+def _refuse_elastic(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"elasticize: model: expected an nn.Module, got {type(model).__name__}.")
+    if isinstance(model, torch_script()):
+        raise ConversionError("elasticize: the model is scripted: its code cannot be followed. Convert it before torch.jit.script.")
+    for path, module in model.named_modules():
+        if hasattr(type(module), "speaks_of_widths"):
+            raise ConversionError(
+                f"elasticize: {path or type(module).__name__!r} is elastic already ({type(module).__name__}). Convert a model once; "
+                "ee.export(model) gives a plain one."
+            )
+
+
+def torch_script() -> type:
+    """The class of scripted modules."""
+    import torch
+
+    return torch.jit.ScriptModule
+
+
+def _patterns(what: str, given: str | Iterable[str] | None) -> list[str]:
+    if given is None:
+        return []
+    names = [given] if isinstance(given, str) else list(given)
+    for name in names:
+        if not isinstance(name, str):
+            raise ConversionError(f"elasticize: {what}: expected names or patterns, got {name!r} of type {type(name).__name__}.")
+    return names
+
+
+def matches(path: str, patterns: Iterable[str]) -> bool:
+    """Whether a module's path, or that of a module around it, is one of the names or fits one of the patterns."""
+    parts = path.split(".")
+    around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(fnmatch.fnmatchcase(name, pattern) for name in around for pattern in patterns)
+
+
+def _fix_excluded(model: nn.Module, axes: Axes, patterns: list[str]) -> None:
+    used: set[str] = set()
+    for path, module in model.named_modules():
+        hits = [pattern for pattern in patterns if matches(path, [pattern])]
+        used.update(hits)
+        if hits:
+            prefix = path + "." if path else ""
+            own = [axis for key in (*module._parameters, *module._buffers) for axis in axes.tensors.get(prefix + key, ())]
+            for axis in (*own, *([axes.normalised[module]] if module in axes.normalised else ())):
+                stiffen(axis, f"{hits[0]!r} is excluded")
+    unknown = [pattern for pattern in patterns if pattern not in used]
+    if unknown:
+        raise ConversionError(f"elasticize: exclude: {unknown[0]!r} fits no module of {type(model).__name__}.")
+
+
+def _fix_others(model: nn.Module, axes: Axes, patterns: list[str]) -> None:
+    """Keep elastic only the dims that a module which fits produces."""
+    kept: set[Atom] = set()
+    used: set[str] = set()
+    chosen = axes.choose()
+    for name, index in axes.produced:
+        hits = [pattern for pattern in patterns if matches(name.rpartition(".")[0], [pattern])]
+        used.update(hits)
+        if hits:
+            kept.update(atoms(axes.tensors[name][index]))
+    unknown = [pattern for pattern in patterns if pattern not in used]
+    if unknown:
+        raise ConversionError(f"elasticize: include: {unknown[0]!r} fits no module of {type(model).__name__} that produces a dim.")
+    for atom in chosen:
+        if atom not in kept:
+            stiffen((atom,), "it is not included")
+
+
+class _Planner:
+    """Turns what is known of axes into a plan."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        axes: Axes,
+        verification: Verification,
+        runs: Mapping[Mode, Run],
+        capacity: float | Mapping[str, float],
+        minimum: int,
+    ) -> None:
+        self.model = model
+        self.axes = axes
+        self.verification = verification
+        self.runs = runs
+        self.capacity = capacity
+        self.minimum = minimum
+        self.index: dict[Atom, int] = {}
+        self.scale: dict[Atom, int] = {}
+
+    def plan(self) -> Plan:
+        elastic = set(self.axes.choose())
+        forms = {path: form_of(module, self.axes, self.verification.follows) for path, module in self.model.named_modules()}
+        self._order(forms, elastic)
+        self._scale()
+        dims = [self._dim(atom) for atom in self.index]
+        self._name(dims, forms)
+        self._bind(dims)
+        self._bound(dims)
+        switches = find_switches(self.model, self.runs)
+        modules = []
+        for path, form in forms.items():
+            planned = self._module(path, form)
+            planned.switch = switches.get(path)
+            if planned.layer or planned.tensors or planned.sizes or planned.switch:
+                modules.append(planned)
+        return Plan(dims, modules, self._rigid(), self._count())
+
+    # Dims
+
+    def _order(self, forms: Mapping[str, Form], elastic: set[Atom]) -> None:
+        """Number the elastic atoms in the order of the modules that produce them."""
+        for form in forms.values():
+            for axis in form.produced:
+                for atom in atoms(axis):
+                    if atom in elastic:
+                        self.index.setdefault(atom, len(self.index))
+        for axes in self.axes.tensors.values():
+            for axis in axes:
+                for atom in atoms(axis):
+                    if atom in elastic:
+                        self.index.setdefault(atom, len(self.index))
+
+    def _scale(self) -> None:
+        """Let dims that count groups count channels: their widths are multiples of the group's."""
+        grouped = self.axes.counted_in_groups()
+        inner: dict[Atom, int] = {}
+        structures = [axis for axes in self.axes.tensors.values() for axis in axes]
+        for axis in (*structures, *self.verification.follows.values()):
+            for stretch in self.axes.stretches(axis):
+                if stretch.atom is not None and not self._counts_groups(axis, stretch.atom):
+                    inner[stretch.atom] = math.gcd(inner.get(stretch.atom, 0), stretch.inner)
+        self.scale = {atom: inner.get(atom, 1) if atom in grouped else 1 for atom in self.index}
+
+    def _counts_groups(self, axis: Structure, atom: Atom) -> bool:
+        return size(axis) == atom.size and any(
+            name in ("groups", "num_groups") and structure is axis for (_, name, _), structure in self.verification.follows.items()
+        )
+
+    def _dim(self, atom: Atom) -> PlannedDim:
+        scale = self.scale[atom]
+        n = atom.size * scale
+        floor = max(self.minimum, atom.minimum * scale)
+        floor = min(-(-floor // scale) * scale, n)
+        return PlannedDim("", n, n, floor, scale, [], atom.compact_only, atom.mixed)
+
+    def _name(self, dims: list[PlannedDim], forms: Mapping[str, Form]) -> None:
+        for path, form in forms.items():
+            produced = list(dict.fromkeys(stretch.atom for axis in form.produced for stretch in self.axes.stretches(axis)))
+            made = [atom for atom in produced if atom is None or atom in self.index]
+            for index, atom in enumerate(made):
+                if atom is not None and not dims[self.index[atom]].name:
+                    dims[self.index[atom]].name = path if len(made) == 1 else f"{path}:{index}"
+        for atom, index in self.index.items():
+            if not dims[index].name:
+                name = next(n for n, axes in self.axes.tensors.items() if any(a is atom for axis in axes for a in atoms(axis)))
+                dims[index].name = name
+
+    def _bind(self, dims: list[PlannedDim]) -> None:
+        for name, axes in self.axes.tensors.items():
+            for index, axis in enumerate(axes):
+                for atom in dict.fromkeys(atoms(axis)):
+                    if atom in self.index:
+                        dims[self.index[atom]].bindings.append(f"{name}[{index}]")
+
+    def _bound(self, dims: list[PlannedDim]) -> None:
+        """Set capacities, as far as code goes along beyond the present sizes."""
+        wanted = {atom: self._capacity(dims[index]) for atom, index in self.index.items()}
+        names = {dim.name for dim in dims}
+        if isinstance(self.capacity, Mapping):
+            unknown = [name for name in self.capacity if name not in names]
+            if unknown:
+                raise ConversionError(f"elasticize: capacity: {unknown[0]!r} names no dim. The dims: {', '.join(sorted(names)[:8])}.")
+        grown = {atom: n // self.scale[atom] for atom, n in wanted.items() if n > atom.size * self.scale[atom]}
+        refused = self.verification.check_growth(grown)
+        for atom, index in self.index.items():
+            if atom in refused:
+                dims[index].note = f"its capacity is its size, since beyond it {refused[atom]}"
+            else:
+                dims[index].capacity = wanted[atom]
+
+    def _capacity(self, dim: PlannedDim) -> int:
+        given: Any = self.capacity.get(dim.name, 1.0) if isinstance(self.capacity, Mapping) else self.capacity
+        if isinstance(given, bool) or not isinstance(given, int | float) or not given >= 1 or math.isinf(given):
+            raise ConversionError(
+                f"elasticize: capacity: {dim.name!r}: expected a factor of at least 1 or a number of units, got {given!r}."
+            )
+        absolute = isinstance(self.capacity, Mapping) and isinstance(given, int) and given >= dim.size
+        units = given if absolute else math.ceil(dim.size * given)
+        return -(-int(units) // dim.multiple_of) * dim.multiple_of
+
+    # Modules
+
+    def _spell(self, axis: Structure) -> Stretches:
+        found: Stretches = []
+        for stretch in self.axes.stretches(axis):
+            if stretch.atom is None:
+                found.append([None, stretch.inner])
+            else:
+                found.append([self.index[stretch.atom], stretch.inner // self.scale[stretch.atom]])
+        return found
+
+    def _spell_size(self, axis: Structure) -> dict[str, Any]:
+        """A size that a module keeps: that of an axis, over a number where it counts groups of what the dim counts."""
+        stretches = self.axes.stretches(axis)
+        over = math.lcm(*(self.scale[s.atom] // math.gcd(s.inner, self.scale[s.atom]) for s in stretches if s.atom is not None))
+        found: Stretches = []
+        for stretch in stretches:
+            if stretch.atom is None:
+                found.append([None, stretch.inner * over])
+            else:
+                found.append([self.index[stretch.atom], stretch.inner * over // self.scale[stretch.atom]])
+        return {"axis": found, "over": over}
+
+    def _moves(self, axis: Structure | None) -> bool:
+        return axis is not None and any(atom in self.index for atom in atoms(axis))
+
+    def _module(self, path: str, form: Form) -> PlannedModule:
+        planned = PlannedModule(path)
+        if form.layer is not None:
+            planned.layer = form.layer.__name__
+            planned.axes = {name: self._spell(axis) for name, axis in form.axes.items()}
+        elif any(self._moves(axis) for own in form.tensors.values() for axis in own):
+            planned.tensors = {
+                name: [self._spell(axis) if self._moves(axis) else None for axis in own] for name, own in form.tensors.items()
+            }
+            planned.newborn = form.newborn
+            planned.mixed = form.mixed
+        for name, kept in form.sizes.items():
+            if isinstance(kept, list):
+                if any(self._moves(axis) for axis in kept):
+                    planned.sizes[name] = [self._spell_size(a) if a is not None and self._moves(a) else None for a in kept]
+            elif self._moves(kept):
+                planned.sizes[name] = self._spell_size(kept)
+        return planned
+
+    # What stays
+
+    def _rigid(self) -> list[RigidAxis]:
+        found = []
+        for name, _, _, tensor in owned_tensors(self.model):
+            if not isinstance(tensor, nn.Parameter):
+                continue
+            for index, axis in enumerate(self.axes.tensors.get(name, ())):
+                if not self._moves(axis) and size(axis) > 1:
+                    reasons = [self.axes.why_fixed(atom) for atom in atoms(axis)]
+                    found.append(RigidAxis(name, index, size(axis), next((why for why in reasons if why), "nothing changes it")))
+        return found
+
+    def _count(self) -> tuple[int, int]:
+        total = elastic = 0
+        seen: set[int] = set()
+        for name, _, _, tensor in owned_tensors(self.model):
+            if not isinstance(tensor, nn.Parameter) or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            total += tensor.numel()
+            if any(self._moves(axis) for axis in self.axes.tensors.get(name, ())):
+                elastic += tensor.numel()
+        return total, elastic

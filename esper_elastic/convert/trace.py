@@ -1,0 +1,429 @@
+"""One run of a model on fake tensors, recorded: which ops ran on which values, in which module's forward, at which line of whose code.
+
+The run sees what Python code does, hooks and all, below autograd, where composite functions have come apart into a smaller set of ops.
+Parameters and buffers are replaced by fake ones for the time of the run, at sizes of one's choice, and attributes of modules by other
+values; afterwards the model is as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..errors import ConversionError
+
+_LIBRARY = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+
+
+class Value:
+    """A tensor of the run.
+
+    Attributes:
+        shape: its sizes.
+        stride: between indices of each axis.
+        floating: whether it holds floating-point numbers.
+        name: of the parameter or buffer that it is, or ``None``.
+        axes: what :mod:`axes` finds out of each axis.
+    """
+
+    __slots__ = ("axes", "floating", "name", "shape", "stride")
+
+    def __init__(self, tensor: Tensor, name: str | None = None) -> None:
+        self.shape = tuple(int(n) for n in tensor.shape)
+        self.stride = tuple(int(n) for n in tensor.stride())
+        self.floating = tensor.is_floating_point() or tensor.is_complex()
+        self.name = name
+        self.axes: list[Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"Value({self.name or ''}{list(self.shape)})"
+
+
+@dataclasses.dataclass(slots=True)
+class Call:
+    """One run of a module's forward."""
+
+    path: str
+    module: nn.Module
+    order: int
+    start: int
+    inputs: list[Value]
+    parent: Call | None
+    end: int = -1
+    outputs: list[Value] = dataclasses.field(default_factory=list)
+    single: bool = False  # whether it gives one tensor, and takes one first
+
+    def chain(self) -> Iterator[Call]:
+        """This call and those around it, innermost first."""
+        call: Call | None = self
+        while call is not None:
+            yield call
+            call = call.parent
+
+
+class Node(NamedTuple):
+    """One op of the run: what it was called with, values in the place of tensors, and what it gave."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Value]
+    call: Call
+    line: str
+
+
+class Failure(NamedTuple):
+    """A function of torch that ended a run, and what it was called with."""
+
+    error: Exception
+    function: str
+    args: Any
+    call: Call
+    line: str
+
+
+@dataclasses.dataclass(slots=True)
+class Run:
+    """What was recorded.
+
+    Attributes:
+        nodes: the ops in order.
+        calls: the runs of modules, in the order of their beginnings.
+        inputs: tensors that the model was given.
+        outputs: tensors that it gave.
+        tensors: parameters and buffers by name.
+        constants: real tensors that are neither.
+    """
+
+    nodes: list[Node]
+    calls: list[Call]
+    inputs: list[Value]
+    outputs: list[Value]
+    tensors: dict[str, Value]
+    constants: list[Value]
+
+
+class Stop(Exception):
+    """Raised by an observer to end a run."""
+
+
+class Example:
+    """The example inputs of a model: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+
+    It also keeps the fake tensors that stand for a model's own, from one run to the next.
+    """
+
+    def __init__(self, inputs: Any) -> None:
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._stand_ins: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        if isinstance(inputs, Mapping):
+            self.args: tuple[Any, ...] = ()
+            self.kwargs = dict(inputs)
+        elif isinstance(inputs, tuple | list):
+            self.args, self.kwargs = tuple(inputs), {}
+        elif isinstance(inputs, Tensor):
+            self.args, self.kwargs = (inputs,), {}
+        else:
+            raise ConversionError(
+                f"example_inputs: expected a tensor, a tuple of arguments or a dict of keyword arguments, got {type(inputs).__name__}."
+            )
+
+    def stand_in(self, tensor: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+        """A fake tensor like ``tensor``, at a size of its own; inside the fake mode."""
+        key = (id(tensor), tuple(tensor.shape) if shape is None else shape)
+        found = self._stand_ins.get(key)
+        if found is None:
+            if shape is None:
+                made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            else:
+                made = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+            found = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+            self._stand_ins[key] = found
+        return found
+
+
+def tensors_in(result: Any) -> Iterator[Tensor]:
+    """The tensors in a result made of tuples, lists, mappings and dataclasses, in order. Other objects, such as caches, are passed over."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, Mapping):
+        for value in result.values():
+            yield from tensors_in(value)
+    elif isinstance(result, tuple | list):
+        for value in result:
+            yield from tensors_in(value)
+    elif dataclasses.is_dataclass(result) and not isinstance(result, type):
+        for field in dataclasses.fields(result):
+            yield from tensors_in(getattr(result, field.name))
+
+
+def owned_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Every parameter and buffer as ``(name, module, key, tensor)``; a shared one under each of its names. Scripted parts are left out."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield (f"{path}.{key}" if path else key), module, key, tensor
+
+
+def run(
+    model: nn.Module,
+    example: Example,
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    attributes: Mapping[tuple[nn.Module, str], Any] | None = None,
+    observer: Any = None,
+    grad: bool = True,
+) -> Run:
+    """Record one run.
+
+    Args:
+        model: whose parameters, buffers and attributes are replaced for the time of the run, and nothing else.
+        example: its inputs.
+        shapes: sizes of parameters and buffers by name, where they are not their own.
+        attributes: values of attributes that modules are to have meanwhile.
+        observer: called with each node as it is recorded, and with a :class:`Failure` if an op fails; may raise :class:`Stop`.
+        grad: whether autograd is on.
+
+    Raises:
+        ConversionError: the model decides by the values of tensors, or its code fails.
+    """
+    shapes = shapes or {}
+    fake = example.fake
+    with fake, torch.random.fork_rng(devices=[]):
+        recorder = _Recorder(model, observer)
+        stand_ins: dict[int, Tensor] = {}
+        named: dict[int, str] = {}
+        for name, _, _, tensor in owned_tensors(model):
+            if id(tensor) not in stand_ins:
+                named[id(tensor)] = name
+                stand_ins[id(tensor)] = example.stand_in(tensor, shapes.get(name))
+        for key, stand_in in stand_ins.items():
+            recorder.run.tensors[named[key]] = recorder.note(stand_in, Value(stand_in, named[key]))
+        args, kwargs = tree_map(lambda x: _fake_input(x, recorder), (example.args, example.kwargs))
+    functions = _Functions(recorder)
+    with _swapped(model, stand_ins), _set(attributes or {}), recorder.watching(), torch.set_grad_enabled(grad), fake, recorder, functions:
+        try:
+            result = model(*args, **kwargs)
+        except Stop:
+            raise
+        except Exception as error:
+            raise recorder.explain(error) from error
+    recorder.run.outputs = [recorder.value(tensor) for tensor in tensors_in(result)]
+    return recorder.run
+
+
+def _fake_input(x: Any, recorder: _Recorder) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    with torch.no_grad():
+        made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    recorder.run.inputs.append(recorder.note(made, Value(made)))
+    return made.requires_grad_(x.requires_grad)
+
+
+@contextlib.contextmanager
+def _swapped(model: nn.Module, stand_ins: dict[int, Tensor]) -> Iterator[None]:
+    """Have the model's modules hold other tensors for a while."""
+    kept: list[tuple[Any, dict[str, Any]]] = []
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    try:
+        for module in modules:
+            tables: tuple[Any, ...] = (module._parameters, module._buffers)
+            for table in tables:
+                kept.append((table, dict(table)))
+                for key, tensor in table.items():
+                    if tensor is not None:
+                        table[key] = stand_ins[id(tensor)]
+        yield
+    finally:
+        for table, was in kept:
+            table.clear()
+            table.update(was)
+
+
+@contextlib.contextmanager
+def _set(attributes: Mapping[tuple[nn.Module, str], Any]) -> Iterator[None]:
+    kept = {place: place[0].__dict__[place[1]] for place in attributes}
+    try:
+        for (module, name), value in attributes.items():
+            module.__dict__[name] = value
+        yield
+    finally:
+        for (module, name), value in kept.items():
+            module.__dict__[name] = value
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
+    """Put every module in training or evaluation mode for a while; ``None`` leaves each as it is."""
+    kept = [(module, module.training) for module in model.modules()]
+    try:
+        if training is not None:
+            for module, _ in kept:
+                module.training = training
+        yield
+    finally:
+        for module, was in kept:
+            module.training = was
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down each op as it runs."""
+
+    def __init__(self, model: nn.Module, observer: Any) -> None:
+        super().__init__()
+        self.run = Run([], [], [], [], {}, [])
+        self.observer = observer
+        self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.kept: list[Tensor] = []  # a tensor that dies could give its identity to another
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.call = Call("", model, -1, 0, [], None)
+
+    # Values
+
+    def note(self, tensor: Tensor, value: Value) -> Value:
+        self.known[tensor] = value
+        self.kept.append(tensor)
+        return value
+
+    def value(self, tensor: Tensor) -> Value:
+        """The value that a tensor is; one not seen before is a constant of the model's code."""
+        found = self.known.get(tensor)
+        if found is None:
+            found = self.note(tensor, Value(tensor))
+            self.run.constants.append(found)
+        return found
+
+    def _abstract(self, args: Any) -> Any:
+        return tree_map(lambda x: self.value(x) if isinstance(x, Tensor) else x, args)
+
+    # Ops
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # what device or type a tensor has
+            return func(*args, **kwargs)
+        call, line = self.call, _line()
+        before, options = self._abstract(args), self._abstract(kwargs)
+        result = _batch_norm(func, args) or func(*args, **kwargs)
+        outputs = []
+        for tensor in tensors_in(result):
+            known = self.known.get(tensor)
+            outputs.append(self.note(tensor, Value(tensor)) if known is None else known)
+        node = Node(func, before, options, outputs, call, line)
+        self.run.nodes.append(node)
+        if self.observer is not None:
+            self.observer(node)
+        return result
+
+    # Modules
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        before = register_module_forward_pre_hook(self._enter)
+        after = register_module_forward_hook(self._leave, with_kwargs=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        path = self.paths.get(id(module), f"{self.call.path}.<{type(module).__name__}>")
+        self.call = Call(path, module, len(self.run.calls), len(self.run.nodes), [self.value(t) for t in tensors_in(args)], self.call)
+        self.run.calls.append(self.call)
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        call = next((call for call in self.call.chain() if call.module is module), None)
+        if call is None or call.parent is None:
+            return
+        call.end = len(self.run.nodes)
+        call.inputs += [self.value(t) for t in tensors_in(kwargs)]
+        call.outputs = [self.value(t) for t in tensors_in(result)]
+        call.single = isinstance(result, Tensor) and bool(args) and isinstance(args[0], Tensor)
+        self.call = call.parent
+
+    def explain(self, error: Exception) -> ConversionError:
+        where = f"module {self.call.path!r}" if self.call.path else f"the forward of {type(self.call.module).__name__}"
+        line = line_of(error)
+        if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+            return ConversionError(
+                f"{where}: its code decides by the values of tensors ({error.func}, {line}): which path another width takes cannot be "
+                "known. Exclude the module or take the decision out of forward; nothing has changed."
+            )
+        return ConversionError(
+            f"{where}: forward failed on the example inputs, at {line}: {type(error).__name__}: {error}. Do they suit the model?"
+        )
+
+
+def _batch_norm(func: Any, args: Any) -> Any:
+    """What a batch norm gives on fake tensors. Torch derives it through some thirty ops, which would be most of a run of a ResNet."""
+    if func.overloadpacket is not torch.ops.aten.native_batch_norm:
+        return None
+    x, *vectors = args[:5]
+    channels = x.shape[1]
+    if any(vector is not None and vector.shape[0] != channels for vector in vectors):
+        return None
+    statistics = [x.new_empty(channels if args[5] else 0) for _ in range(2)]
+    return torch.empty_like(x), *statistics
+
+
+class _Functions(TorchFunctionMode):
+    """Tells the observer which function of torch failed: composite ones do so before they come to any op."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.failed = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            return func(*args, **kwargs)
+        except (Stop, DataDependentOutputException, DynamicOutputShapeException):
+            raise
+        except Exception as error:
+            recorder = self.recorder
+            if recorder.observer is not None and not self.failed:
+                self.failed = True
+                seen = recorder._abstract((args, kwargs))
+                recorder.observer(Failure(error, getattr(func, "__name__", str(func)), seen, recorder.call, _line()))
+            raise
+
+
+def _line() -> str:
+    """The line of the nearest code that is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_LIBRARY, _HERE)):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "?"
+
+
+def line_of(error: BaseException) -> str:
+    """The line of the innermost code that is neither torch's nor ours, on an exception's way."""
+    found, trace = "?", error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if not name.startswith((_LIBRARY, _HERE)):
+            found = f"{name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found
