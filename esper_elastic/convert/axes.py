@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -148,7 +148,7 @@ class Axes:
     def normalise(self, axis: Structure) -> bool:
         assert self._node is not None
         module = self._node.call.module
-        dense = next((c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules")), nn.Module)
+        dense: Any = next((c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules")), nn.Module)
         if dense is nn.Module or type(module).forward is not dense.forward:
             return False
         self.normalised[module] = axis
