@@ -107,7 +107,7 @@ class Axes:
                     self.written.add(source[0])
 
     def _why(self, why: str) -> str:
-        return why if self._node is None else f"{why} ({_short(self._node.line)})"
+        return why if self._node is None else f"{why} ({short(self._node.line)})"
 
     # What rules call
 
@@ -249,6 +249,6 @@ class Axes:
                 yield from self._stretches(rest)
 
 
-def _short(line: str) -> str:
+def short(line: str) -> str:
     """The last two parts of the path of a line."""
     return "/".join(line.split("/")[-2:])

@@ -32,6 +32,10 @@ def export(model: nn.Module) -> nn.Module:
     for module in elastic:
         for tensor, part in _tensors(module):
             memo.setdefault(id(tensor), part)
+    for each in model.modules():
+        for value in each.__dict__.values():  # what a hook computes before each call; deepcopy takes leaves alone
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     for module in elastic:
         if not (isinstance(module, Switchable) and not module.on):
             memo[id(module)].__dict__.update(copy.deepcopy(_plain_attributes(module), memo))

@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import ConversionError
 from .axes import Axes
 from .forms import Form, form_of
+from .statics import check_static
 from .structure import Atom, Structure, atoms, forget_history, size, stiffen
 from .switches import find_switches
 from .trace import Example, Run, in_mode, owned_tensors, run
@@ -291,6 +292,8 @@ class _Planner:
     def plan(self) -> Plan:
         elastic = set(self.axes.choose())
         forms = {path: form_of(module, self.axes, self.verification.follows) for path, module in self.model.named_modules()}
+        modules_of = dict(self.model.named_modules())
+        check_static(self.axes, self.runs.values(), {modules_of[path]: form for path, form in forms.items()})
         self._order(forms, elastic)
         self._scale()
         dims = [self._dim(atom) for atom in self.index]

@@ -35,17 +35,17 @@ class Value:
     Attributes:
         shape: its sizes.
         stride: between indices of each axis.
-        floating: whether it holds floating-point numbers.
+        dtype: of its elements.
         name: of the parameter or buffer that it is, or ``None``.
         axes: what :mod:`axes` finds out of each axis.
     """
 
-    __slots__ = ("axes", "floating", "name", "shape", "stride")
+    __slots__ = ("axes", "dtype", "name", "shape", "stride")
 
     def __init__(self, tensor: Tensor, name: str | None = None) -> None:
         self.shape = tuple(int(n) for n in tensor.shape)
         self.stride = tuple(int(n) for n in tensor.stride())
-        self.floating = tensor.is_floating_point() or tensor.is_complex()
+        self.dtype = tensor.dtype
         self.name = name
         self.axes: list[Any] | None = None
 

@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from . import rules
-from .axes import Axes, _short
+from .axes import Axes, short
 from .sizes import known_sizes
-from .structure import Atom, Structure, atoms, mark, measure, resolve, size, stiffen, undo, unify
+from .structure import Atom, Structure, atoms, mark, measure, resolve, restrict, size, stiffen, undo, unify
 from .trace import Call, Example, Failure, Node, Run, Stop, Value, in_mode, line_of, run
 
 #: A size that a module keeps: ``(module, attribute, index)``, the index of a tuple's element or ``None``.
@@ -102,7 +103,7 @@ class Verification:
             if mismatch is None:
                 break
             hit = {atom for axis in self._axes_of(mismatch) for atom in atoms(axis) if atom in widths}
-            why = f"code goes no further ({_short(mismatch.line)}: {mismatch.what})"
+            why = f"code goes no further ({short(mismatch.line)}: {mismatch.what})"
             refused.update(dict.fromkeys(hit or widths, why))
         return refused
 
@@ -215,7 +216,7 @@ class Verification:
             axes = outputs or axes
         if not axes:
             axes = [axis for call in mismatch.call.chain() for _, own in self._tensors_of(call) for axis in own if self._moves(axis)]
-        why = f"code keeps its size ({_short(mismatch.line)}: {mismatch.what})"
+        why = f"code keeps its size ({short(mismatch.line)}: {mismatch.what})"
         for axis in axes or [axis for own in self.axes.tensors.values() for axis in own]:
             stiffen(axis, why)
 
@@ -241,7 +242,7 @@ class Verification:
 
     def _tie(self, first: Run, mismatch: Mismatch, one: Structure, other: Structure) -> None:
         """Make one of two axes, and of those in the same places of the calls of other modules of the class."""
-        why = f"code takes two sizes for one ({_short(mismatch.line)})"
+        why = f"code takes two sizes for one ({short(mismatch.line)})"
         where = self._locate(mismatch, one)
         homes = [(call, source) for call in mismatch.call.chain() if (source := _among(call.inputs, other)) is not None]
         pairs = [(one, other)]
@@ -363,11 +364,20 @@ class _Comparison:
             self._end(event, None, index, (), f"it runs {rules.op_name(event.op)} where it ran {_ran(known)}")
         else:
             self.count += 1
+            if rules.find(known.op) is rules.pointwise and _numbers((known.args, known.kwargs)) != _numbers((event.args, event.kwargs)):
+                self._note_scale(known, event)
             for then, now in zip(known.outputs, event.outputs, strict=True):
                 predicted = tuple(measure(axis, self.width) for axis in then.axes or [])
                 if predicted != now.shape:
                     what = f"{rules.op_name(event.op)} gives {list(now.shape)}, expected {list(predicted)}"
                     self._end(event, known, index, (event.args, event.kwargs), what)
+
+    def _note_scale(self, known: Node, event: Node) -> None:
+        """A number that code computes from sizes: in static layout it would count what sleeps."""
+        call = self.first.calls[event.call.order] if 0 <= event.call.order < len(self.first.calls) else event.call
+        for value in (*_values(known), *call.inputs):
+            for axis in value.axes or []:
+                restrict(axis, f"code computes a number from sizes ({short(known.line)})")
 
     def _end(self, event: Node | Failure, known: Node | None, index: int, arguments: Any, what: str) -> None:
         then = [] if known is None else list(_literals((known.args, known.kwargs)))
@@ -384,6 +394,11 @@ class _Comparison:
 
 def _ran(node: Node | None) -> str:
     return "nothing" if node is None else rules.op_name(node.op)
+
+
+def _numbers(tree: Any) -> list[float]:
+    """The numbers among arguments."""
+    return [x for x in tree_leaves(tree) if isinstance(x, int | float) and not isinstance(x, bool)]
 
 
 def _literals(tree: Any) -> Iterator[int]:
