@@ -5,6 +5,7 @@ plain PyTorch; the compiled library of ``csrc`` serves the same on strided slice
 ``ops/triton``, in static layout on GPUs.
 """
 
+from . import flops
 from .backend import backend_info, choose
 from .batch_norm import batch_norm
 from .conv2d import conv2d
@@ -14,3 +15,5 @@ from .switch import switch
 from .widths import Widths
 
 __all__ = ["Widths", "backend_info", "batch_norm", "choose", "conv2d", "layer_norm", "linear", "switch"]
+
+flops.serve()
