@@ -1,12 +1,14 @@
 """Elastic capacity for PyTorch: layers own weights at a capacity, a control block says what is active, kernels compute on that alone."""
 
 from . import errors, growth, importance, optim
+from .calibration import recalibrate
 from .control import ControlBlock, ElasticDim, concat
 from .convert import export
-from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
+from .errors import CalibrationError, CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
 from .layers import ElasticBatchNorm1d, ElasticBatchNorm2d, ElasticBlock, ElasticConv2d, ElasticLayerNorm, ElasticLinear
 from .model import control_block, dims, disable, enable, resize, set_layout
 from .ops import backend_info
+from .summary import Summary, summary
 
 __version__ = "0.1.0"
 
@@ -26,12 +28,16 @@ __all__ = [
     "disable",
     "enable",
     "export",
+    "recalibrate",
     "resize",
     "set_layout",
+    "Summary",
+    "summary",
     "growth",
     "importance",
     "errors",
     "ElasticError",
+    "CalibrationError",
     "CapacityError",
     "LayoutError",
     "SurgeryError",

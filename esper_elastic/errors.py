@@ -43,6 +43,10 @@ class OptimizerError(ElasticError, ValueError):
     """An optimizer that cannot be served, or that holds state nobody guards."""
 
 
+class CalibrationError(ElasticError, ValueError):
+    """Batches that no statistics can be taken from."""
+
+
 class SurgeryError(ElasticError, ValueError):
     """An edit of the model's structure that was refused."""
 
