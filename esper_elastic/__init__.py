@@ -2,9 +2,19 @@
 
 from . import errors, growth, importance, optim
 from .calibration import recalibrate
+from .checkpoint import load, save
 from .control import ControlBlock, ElasticDim, concat
 from .convert import export
-from .errors import CalibrationError, CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
+from .errors import (
+    CalibrationError,
+    CapacityError,
+    CheckpointError,
+    ElasticError,
+    LayoutError,
+    SurgeryError,
+    TopologyError,
+    TransactionError,
+)
 from .layers import ElasticBatchNorm1d, ElasticBatchNorm2d, ElasticBlock, ElasticConv2d, ElasticLayerNorm, ElasticLinear
 from .model import control_block, dims, disable, enable, resize, set_layout
 from .ops import backend_info
@@ -28,8 +38,10 @@ __all__ = [
     "disable",
     "enable",
     "export",
+    "load",
     "recalibrate",
     "resize",
+    "save",
     "set_layout",
     "Summary",
     "summary",
@@ -39,6 +51,7 @@ __all__ = [
     "ElasticError",
     "CalibrationError",
     "CapacityError",
+    "CheckpointError",
     "LayoutError",
     "SurgeryError",
     "TopologyError",

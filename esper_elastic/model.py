@@ -6,12 +6,13 @@ look whether it still holds; the calls that only read look always.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .control import ControlBlock, ElasticDim
@@ -97,6 +98,16 @@ def set_layout(model: nn.Module, layout: str) -> None:
         layer.layout = layout
     for block in structure.blocks.values():
         block.layout = layout
+
+
+def copy_structure(model: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy of ``model``, on a control block of its own, that holds ``stand_in(tensor)`` for each tensor of a module, once."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = stand_in(tensor)
+    return copy.deepcopy(model, memo)
 
 
 def _refuse_plain_statistics(path: str, block: ElasticBlock) -> None:

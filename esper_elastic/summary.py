@@ -6,7 +6,6 @@ It reads. Multiply-adds are counted on a copy of the model whose tensors are fak
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from .control import Axis, ElasticDim, Switch
 from .errors import LayoutError
 from .layers import ElasticBlock, ElasticLayer
-from .model import control_block, dims
+from .model import control_block, copy_structure, dims
 
 
 @dataclass(frozen=True)
@@ -239,12 +238,7 @@ def _count(model: nn.Module, example_inputs: Any) -> tuple[int, int | None, str]
 
 def _without_values(model: nn.Module, mode: Any) -> nn.Module:
     """A copy of ``model`` in eval mode with a control block of its own, whose tensors have no values."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                memo[id(tensor)] = _fake(tensor, mode)
-    twin = copy.deepcopy(model, memo).eval()
+    twin = copy_structure(model, lambda tensor: _fake(tensor, mode)).eval()
     for module in twin.modules():
         module._forward_hooks.clear()  # they watch, and what they note may lie outside of the copy; those before a forward may make weights
     return twin
