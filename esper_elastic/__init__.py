@@ -1,9 +1,21 @@
 """Elastic capacity for PyTorch: layers own weights at a capacity, a control block says what is active, kernels compute on that alone."""
 
 from . import errors, growth, importance, optim
+from .calibration import recalibrate
+from .checkpoint import load, save
 from .control import ControlBlock, ElasticDim, concat
 from .convert import Plan, elasticize, export, plan
-from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
+from .errors import (
+    CalibrationError,
+    CapacityError,
+    CheckpointError,
+    ConversionError,
+    ElasticError,
+    LayoutError,
+    SurgeryError,
+    TopologyError,
+    TransactionError,
+)
 from .layers import (
     ElasticBatchNorm1d,
     ElasticBatchNorm2d,
@@ -16,6 +28,7 @@ from .layers import (
 )
 from .model import control_block, dims, disable, enable, resize, set_layout
 from .ops import backend_info
+from .summary import Summary, summary
 
 __version__ = "0.1.0"
 
@@ -26,11 +39,11 @@ __all__ = [
     "ElasticBatchNorm1d",
     "ElasticBatchNorm2d",
     "ElasticBlock",
-    "ElasticLayerNorm",
-    "ElasticLinear",
     "ElasticConv1d",
     "ElasticConv2d",
     "ElasticConvTranspose2d",
+    "ElasticLayerNorm",
+    "ElasticLinear",
     "backend_info",
     "control_block",
     "dims",
@@ -38,15 +51,23 @@ __all__ = [
     "elasticize",
     "enable",
     "export",
+    "load",
     "plan",
     "Plan",
+    "recalibrate",
     "resize",
+    "save",
     "set_layout",
+    "Summary",
+    "summary",
     "growth",
     "importance",
     "errors",
     "ElasticError",
+    "CalibrationError",
     "CapacityError",
+    "CheckpointError",
+    "ConversionError",
     "LayoutError",
     "SurgeryError",
     "TopologyError",

@@ -47,6 +47,14 @@ class OptimizerError(ElasticError, ValueError):
     """An optimizer that cannot be served, or that holds state nobody guards."""
 
 
+class CheckpointError(ElasticError, ValueError):
+    """A checkpoint that cannot be written, or one that the model or the optimizer cannot take."""
+
+
+class CalibrationError(ElasticError, ValueError):
+    """Batches that no statistics can be taken from."""
+
+
 class SurgeryError(ElasticError, ValueError):
     """An edit of the model's structure that was refused."""
 

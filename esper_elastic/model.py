@@ -6,12 +6,13 @@ look whether it still holds; the calls that only read look always.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .control import ControlBlock, ElasticDim
@@ -99,10 +100,34 @@ def set_layout(model: nn.Module, layout: str) -> None:
                     f"set_layout: {dim.label} cannot be static: {dim.compact_only}, over dormant units as over active ones. "
                     "Stay compact, or convert the model without that dim (exclude=)."
                 )
-    for layer in structure.layers:
-        layer.layout = layout
-    for block in structure.blocks.values():
-        block.be_static(layout == "static")
+    for module in (*structure.layers, *structure.blocks.values()):
+        put_in_layout(module, layout)
+
+
+def layout_of(module: nn.Module) -> str:
+    """The layout of an elastic layer or of what has a switch."""
+    if isinstance(module, ElasticLayer):
+        return module.layout
+    assert isinstance(module, Switchable)
+    return "static" if module.static else "compact"
+
+
+def put_in_layout(module: nn.Module, layout: str) -> None:
+    """Set the layout of an elastic layer, of what has a switch, or of what is both."""
+    if isinstance(module, ElasticLayer):
+        module.layout = layout
+    if isinstance(module, Switchable):
+        module.be_static(layout == "static")
+
+
+def copy_structure(model: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy of ``model``, on a control block of its own, that holds ``stand_in(tensor)`` for each tensor of a module, once."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(tensor, Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = stand_in(tensor)
+    return copy.deepcopy(model, memo)
 
 
 def _refuse_plain_statistics(path: str, block: Switchable) -> None:

@@ -25,7 +25,7 @@ ORDER = (
     {"followers"},
     {"optim", "growth", "importance"},
     {"model"},
-    {"convert"},
+    {"convert", "summary", "calibration"},
     {"surgery"},
     {"checkpoint"},
     {"training"},

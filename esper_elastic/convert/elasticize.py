@@ -25,7 +25,10 @@ from .plan import Plan, PlannedModule, Stretches, make_plan
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
-_plans: weakref.WeakKeyDictionary[nn.Module, tuple[Plan, Any]] = weakref.WeakKeyDictionary()
+#: The attribute of a converted model that holds the plan as JSON-able data: it goes where the model goes.
+PLAN = "_elastic_plan"
+
+_examples: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 def plan(
@@ -84,20 +87,19 @@ def elasticize(
     """
     made = make_plan(model, example_inputs, capacity=capacity, minimum=minimum, include=include, exclude=exclude)
     apply_plan(made, model, optimizer)
-    _plans[model] = (made, example_inputs)
+    _examples[model] = example_inputs
     return model
 
 
 def plan_of(model: nn.Module) -> Plan | None:
     """The plan by which a model was converted, if it was."""
-    known = _plans.get(model)
-    return None if known is None else known[0]
+    known = model.__dict__.get(PLAN)
+    return None if known is None else Plan.from_json(known)
 
 
 def example_of(model: nn.Module) -> Any:
     """The example inputs that a model was converted with, or ``None``."""
-    known = _plans.get(model)
-    return None if known is None else known[1]
+    return _examples.get(model)
 
 
 class _Change(NamedTuple):
@@ -140,6 +142,7 @@ def apply_plan(plan: Plan, model: nn.Module, optimizer: Optimizer | None = None)
     for change in reversed(changes):  # inner blocks first
         if change.planned.switch is not None:
             change.module.install_switch(change.planned.switch)
+    model.__dict__[PLAN] = plan.to_json()
     if optimizer is not None:
         optim.guard(optimizer, model)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..layers import ElasticBlock, ElasticLayer, ElasticView, Switchable
 from .dynamic import Converted, original_class
+from .elasticize import PLAN
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
@@ -42,7 +43,10 @@ def export(model: nn.Module) -> nn.Module:
     for block in reversed(list(model.modules())):  # inner ones first
         if isinstance(block, ElasticBlock):
             memo[id(block)] = copy.deepcopy(block.module, memo) if block.on else _substitute(block)
-    return copy.deepcopy(model, memo)
+    plain = copy.deepcopy(model, memo)
+    for each in plain.modules():
+        each.__dict__.pop(PLAN, None)
+    return plain
 
 
 def original_of(module: nn.Module) -> type[nn.Module]:

@@ -5,6 +5,7 @@ plain PyTorch; the compiled library of ``csrc`` serves the same on strided slice
 ``ops/triton``, in static layout on GPUs.
 """
 
+from . import flops
 from .backend import backend_info, choose
 from .batch_norm import batch_norm
 from .conv1d import conv1d
@@ -16,3 +17,5 @@ from .switch import switch
 from .widths import Widths
 
 __all__ = ["Widths", "backend_info", "batch_norm", "choose", "conv1d", "conv2d", "conv_transpose2d", "layer_norm", "linear", "switch"]
+
+flops.serve()

@@ -48,6 +48,8 @@ def choose(device: torch.device, static: bool) -> str:
     if static and triton_wanted(device):
         missing = triton_missing(device)
         if missing is None:
+            from . import triton  # noqa: F401  now rather than at the first forward, so that what counts or traces that one knows its ops
+
             return "triton"
         refuse_triton(f"layers on {device}", missing)
     if CHOICE != "reference" and LIBRARY_MISSING is None and (device.type in ("cpu", "meta") or (device.type == "cuda" and not static)):

@@ -4,6 +4,7 @@ Imported when a layer first chooses Triton. The ops take the control tensor and 
 on the host, so that compiled models and captured graphs follow every commit. Each family is closed under differentiation.
 """
 
+from .. import flops
 from .batch_norm import batch_norm
 from .conv2d import conv2d
 from .layer_norm import layer_norm
@@ -11,3 +12,5 @@ from .linear import linear
 from .switch import switch
 
 __all__ = ["batch_norm", "conv2d", "layer_norm", "linear", "switch"]
+
+flops.register()
