@@ -4,7 +4,17 @@ from . import errors, growth, importance, optim
 from .control import ControlBlock, ElasticDim, concat
 from .convert import export
 from .errors import CapacityError, ElasticError, LayoutError, SurgeryError, TopologyError, TransactionError
-from .layers import ElasticBatchNorm1d, ElasticBatchNorm2d, ElasticBlock, ElasticConv2d, ElasticLayerNorm, ElasticLinear
+from .layers import (
+    ElasticBatchNorm1d,
+    ElasticBatchNorm2d,
+    ElasticBlock,
+    ElasticConv2d,
+    ElasticEmbedding,
+    ElasticGroupNorm,
+    ElasticLayerNorm,
+    ElasticLinear,
+    ElasticRMSNorm,
+)
 from .model import control_block, dims, disable, enable, resize, set_layout
 from .ops import backend_info
 
@@ -17,8 +27,11 @@ __all__ = [
     "ElasticBatchNorm1d",
     "ElasticBatchNorm2d",
     "ElasticBlock",
+    "ElasticEmbedding",
+    "ElasticGroupNorm",
     "ElasticLayerNorm",
     "ElasticLinear",
+    "ElasticRMSNorm",
     "ElasticConv2d",
     "backend_info",
     "control_block",

@@ -26,8 +26,6 @@ class ElasticLayer(nn.Module):
     dense_class: ClassVar[type[nn.Module]]
     #: What `grow` writes to newborn units, per tensor and axis: "draw" from the layer's law, "zero" or "one".
     newborn: ClassVar[dict[str, tuple[str, ...]]]
-    #: Whether one unit's output depends on the others of the same dim, so that no newborn unit can leave the function as it is.
-    mixes_units: ClassVar[bool] = False
     _widths: Widths
 
     # What a concrete layer supplies
@@ -43,6 +41,11 @@ class ElasticLayer(nn.Module):
     def _init_bound(self) -> float:
         """The half-width of the uniform law that ``nn`` would draw weights from at the active size."""
         raise NotImplementedError
+
+    @property
+    def mixes_units(self) -> bool:
+        """Whether one unit's output depends on the others of the same dim, so that no newborn unit can leave the function as it is."""
+        return False
 
     @property
     def inseparable(self) -> int:
@@ -97,8 +100,18 @@ class ElasticLayer(nn.Module):
 
     def _fill_dormant(self, name: str, storage: Tensor) -> None:
         """Give all of ``storage`` finite values of the law that the active slice is drawn from."""
+        self.draw(storage, _private_generator(storage.device))
+
+    def draw(self, values: Tensor, generator: torch.Generator | None = None, axis: int = 1) -> None:
+        """Fill ``values`` by the law that ``nn`` would draw them from at the active size.
+
+        They are all of a tensor, or what newborn units have of it, whose axis is ``axis``.
+        """
         bound = self._init_bound()
-        storage.uniform_(-bound, bound, generator=_private_generator(storage.device))
+        values.uniform_(-bound, bound, generator=generator)
+
+    def renumber(self, axis: int, order: Tensor) -> None:
+        """Take note that index ``order[i]`` of an axis of the weight has moved to ``i``; for layers that know an index by its number."""
 
     def reset_parameters(self) -> None:
         """Draw the active slice as ``nn`` would with the same seed, and the dormant part from a generator of its own."""

@@ -8,9 +8,24 @@ plain PyTorch; the compiled library of ``csrc`` serves the same on strided slice
 from .backend import backend_info, choose
 from .batch_norm import batch_norm
 from .conv2d import conv2d
+from .embedding import embedding
+from .group_norm import group_norm
 from .layer_norm import layer_norm
 from .linear import linear
+from .rms_norm import rms_norm
 from .switch import switch
 from .widths import Widths
 
-__all__ = ["Widths", "backend_info", "batch_norm", "choose", "conv2d", "layer_norm", "linear", "switch"]
+__all__ = [
+    "Widths",
+    "backend_info",
+    "batch_norm",
+    "choose",
+    "conv2d",
+    "embedding",
+    "group_norm",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+    "switch",
+]
