@@ -9,26 +9,32 @@ from typing import Any
 
 import pytest
 import torch
-from contract import AXES, LAYOUTS, AxisCase, Contract, assert_as_exact, poison
+from contract import AXES, LAYOUTS, MANY, NARROW, AxisCase, Contract, assert_as_exact, needs_library, poison
 from torch import Tensor, nn
 
 import esper_elastic as ee
 from esper_elastic.control import Axis, Switch
+from esper_elastic.ops.backend import LIBRARY_MISSING
+
+native = pytest.mark.skipif(LIBRARY_MISSING is not None, reason=f"no compiled library: {LIBRARY_MISSING}")
 
 
 class TestGroupNorm(Contract):
     """Groups of two channels: the dims of the contract count groups."""
 
-    test_opcheck: Any = None
-    test_compiles_once_for_all_widths: Any = None
-
     num_axes = 1
     entering = leaving = 0
     unit = 1
+    kernels = "narrow"
+    test_opcheck: Any = None  # test_ops_pass_opcheck has more of it
 
     @classmethod
     def axis_cases(cls) -> Iterator[tuple[AxisCase, ...]]:
-        return ((case,) for case in AXES[:5])
+        return ((AXES[place],) for place in (0, 1, 4))
+
+    @classmethod
+    def narrow_cases(cls) -> Iterator[tuple[AxisCase, ...]]:
+        yield (MANY,)
 
     def make(self, *axes: Axis, **factory: Any) -> nn.Module:
         return ee.ElasticGroupNorm(axes[0].active, axes[0].active * 2, dim=axes[0] * 2, **factory)
@@ -39,11 +45,17 @@ class TestGroupNorm(Contract):
     def input(self, size: int) -> Tensor:
         # No group whose values are all but equal: there the largest error is a matter of luck.
         spread = 0.25 + torch.arange(size, dtype=torch.float64)[:, None, None] % 2
-        return torch.rand(2, size, 3, 3, dtype=torch.float64) / 2 + spread
+        return torch.rand(2, size, 2, 2, dtype=torch.float64) / 2 + spread
 
 
 class TestOneGroup(TestGroupNorm):
-    """One group for ever, over all active channels, without a bias."""
+    """One group for ever, over all active channels, without a bias. Triton's side of it is in test_triton_ops.py."""
+
+    kernels = None
+
+    @classmethod
+    def narrow_cases(cls) -> Iterator[tuple[AxisCase, ...]]:
+        yield (NARROW,)
 
     def make(self, *axes: Axis, **factory: Any) -> nn.Module:
         return ee.ElasticGroupNorm(1, axes[0].active, bias=False, dim=axes[0], **factory)
@@ -56,7 +68,7 @@ class TestOneGroup(TestGroupNorm):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_library)])
 @pytest.mark.parametrize("shape", [(3, 6, 4, 5), (3, 6, 4, 5, 2)], ids=["images", "volumes"])
 def test_keeps_channels_last(shape: tuple[int, ...], backend: str, layout: str) -> None:
     layer = ee.ElasticGroupNorm(3, 6, max_num_features=10)
@@ -78,8 +90,36 @@ def test_keeps_channels_last(shape: tuple[int, ...], backend: str, layout: str) 
         assert x.grad.is_contiguous(memory_format=last)
 
 
+@native
+@pytest.mark.parametrize(
+    ("case", "groups", "layout", "options"),
+    [
+        pytest.param(NARROW, True, "static", {}, id="static"),
+        pytest.param(MANY, True, "compact", {"bias": False}, id="compact, several runs"),
+        pytest.param(MANY, False, "static", {"affine": False}, id="one group, several runs"),
+    ],
+)
+def test_ops_pass_opcheck(case: AxisCase, groups: bool, layout: str, options: dict[str, Any]) -> None:
+    axis, dims = case.axis()
+    layer = ee.ElasticGroupNorm(axis.active if groups else 1, axis.active * 2, dim=axis * 2, **options)
+    for dim, (active, _) in zip(dims, case.sizes, strict=True):
+        dim.resize(active)
+    layer.layout = layout
+    w, compact, width = layer._widths, layout == "compact", 2 if groups else 0
+    x = torch.randn(2, w.size(0), 3, requires_grad=True)
+    parameters = [layer.weight, layer.bias]
+    ops = torch.ops.esper_elastic
+    torch.library.opcheck(ops.group_norm, (x, *parameters, w.control, w.slots, compact, width, 1e-5))
+    operands = [None if t is None else t.detach() for t in parameters]
+    _, mean, rstd = ops.group_norm(x.detach(), *operands, w.control, w.slots, compact, width, 1e-5)
+    has = [t is not None for t in operands]
+    for mask in ([True, *has], [False, has[0], False], [True, False, False]):
+        args = (torch.rand_like(x), x.detach(), *operands, mean, rstd, w.control, w.slots, compact, width, mask)
+        torch.library.opcheck(ops.group_norm_backward, args)
+
+
 @pytest.mark.parametrize("groups", [3, 1], ids=["groups", "one group"])
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_library)])
 def test_a_switch_that_is_off_silences_a_static_layer(backend: str, groups: int) -> None:
     layer = ee.ElasticGroupNorm(groups, 6, max_num_features=10)
     layer.layout = "static"
@@ -96,7 +136,7 @@ def test_a_switch_that_is_off_silences_a_static_layer(backend: str, groups: int)
     assert layer.weight.grad is None or (layer.weight.grad == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_library)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(0, 6, 4), (2, 6, 0)], ids=str)
 def test_takes_empty_batches_and_images(shape: tuple[int, ...], layout: str, backend: str) -> None:
@@ -111,7 +151,7 @@ def test_takes_empty_batches_and_images(shape: tuple[int, ...], layout: str, bac
         assert (layer.weight.grad == 0).all()
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_library)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parameters_may_be_wider_than_activations(layout: str, backend: str) -> None:
     """As in training in bfloat16 with parameters in float32."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import LAYOUTS, Contract, assert_as_exact, poison
+from contract import LAYOUTS, NARROW, Contract, assert_as_exact, needs_library, poison
 from torch import Tensor, nn
 
 import esper_elastic as ee
@@ -16,10 +16,10 @@ from esper_elastic.control import Axis, Switch
 
 
 class TestRMSNorm(Contract):
-    test_opcheck: Any = None
-    test_compiles_once_for_all_widths: Any = None
     num_axes = 1
+    kernels = "all"
     entering = leaving = 0
+    test_opcheck: Any = None  # test_ops_pass_opcheck has more of it
 
     def make(self, *axes: Axis, **factory: Any) -> nn.Module:
         return ee.ElasticRMSNorm(axes[0].active, 1e-5, dim=axes[0], **factory)
@@ -33,6 +33,7 @@ class TestRMSNorm(Contract):
 
 class TestRMSNormOverSeveralSizes(TestRMSNorm):
     unit = -2
+    kernels = "narrow"
 
     def make(self, *axes: Axis, **factory: Any) -> nn.Module:
         return ee.ElasticRMSNorm((axes[0].active, 3), 1e-5, dim=axes[0], **factory)
@@ -44,7 +45,29 @@ class TestRMSNormOverSeveralSizes(TestRMSNorm):
         return torch.rand(2, size, 3, dtype=torch.float64) + 0.25
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@needs_library
+@pytest.mark.parametrize(
+    ("rest", "layout", "options"),
+    [((), "compact", {}), ((2, 3), "static", {}), ((), "static", {"elementwise_affine": False})],
+    ids=str,
+)
+def test_ops_pass_opcheck(rest: tuple[int, ...], options: dict[str, Any], layout: str) -> None:
+    axis, (dim,) = NARROW.axis()
+    layer = ee.ElasticRMSNorm((9, *rest), dim=axis, **options)
+    dim.resize(5)
+    layer.layout = layout
+    w, dims, compact = layer._widths, 1 + len(rest), layout == "compact"
+    x = torch.randn(2, w.size(0), *rest, requires_grad=True)
+    ops = torch.ops.esper_elastic
+    torch.library.opcheck(ops.rms_norm, (x, layer.weight, w.control, w.slots, compact, dims, 1e-5))
+    weight = None if layer.weight is None else layer.weight.detach()
+    _, rstd = ops.rms_norm(x.detach(), weight, w.control, w.slots, compact, dims, 1e-5)
+    for mask in ([True, weight is not None], [False, weight is not None], [True, False]):
+        args = (torch.rand_like(x), x.detach(), weight, rstd, w.control, w.slots, compact, dims, mask)
+        torch.library.opcheck(ops.rms_norm_backward, args)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_library)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_without_eps_it_is_the_machine_epsilon_that_nn_takes(dtype: torch.dtype, layout: str, backend: str) -> None:
@@ -57,7 +80,7 @@ def test_without_eps_it_is_the_machine_epsilon_that_nn_takes(dtype: torch.dtype,
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_library)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("types", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
 def test_the_weight_may_have_another_type(types: tuple[torch.dtype, torch.dtype], layout: str, backend: str) -> None:
@@ -75,7 +98,7 @@ def test_the_weight_may_have_another_type(types: tuple[torch.dtype, torch.dtype]
     assert_as_exact(layer.weight.grad[:5], dense.weight.grad, exact.weight.grad)
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_library)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0)], ids=str)
 def test_any_batch_shape(shape: tuple[int, ...], layout: str, backend: str) -> None:
@@ -90,7 +113,7 @@ def test_any_batch_shape(shape: tuple[int, ...], layout: str, backend: str) -> N
     torch.testing.assert_close(layer.weight.grad, dense.weight.grad)
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_library)])
 def test_a_switch_that_is_off_silences_a_static_layer(backend: str) -> None:
     layer = ee.ElasticRMSNorm(5, max_num_features=9)
     layer.layout = "static"
