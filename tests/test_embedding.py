@@ -25,6 +25,7 @@ from contract import (
     poison,
 )
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 
 import esper_elastic as ee
@@ -188,6 +189,23 @@ def test_max_norm_shortens_the_active_part_of_what_is_looked_up(axis: AxisCase, 
     y.square().sum().backward()
     expected.square().sum().backward()
     torch.testing.assert_close(active_part(layer.weight.grad, layer.tensor_axes()["weight"]), dense.weight.grad)
+
+
+@needs_library
+def test_max_norm_compiles_once_for_all_widths() -> None:
+    layer = build("static", "native", max_norm=0.5)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    x = torch.tensor([0, 3])
+    for width in (5, 4, 2):
+        layer.out_dim.resize(width)
+        with torch.no_grad():
+            layer.weight[:5, :width] += 1
+        dense = layer.to_dense()
+        torch.testing.assert_close(compiled(x)[:, :width], dense(x))
+        torch.testing.assert_close(layer.active("weight"), dense.weight)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_norm": 0.1}], ids=str)
