@@ -3,7 +3,7 @@
 //
 // In static layout the rows' active parts are gathered, normalised by ATen and put in place: its kernels take contiguous rows.
 
-#include "widths.h"
+#include "norm.h"
 
 #include <ATen/OpMathType.h>
 #include <ATen/autocast_mode.h>
@@ -19,30 +19,10 @@ using torch::autograd::variable_list;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Mask = std::array<bool, 3>;
 
-struct Plan {
-  // While a switch above is off, a layer in static layout has no active units.
-  Plan(const Tensor& input, const Tensor& control, const Tensor& slots, bool compact, int64_t normalized_dims)
-      : axis(input.dim() - normalized_dims),
-        units(compact || switched_on(control, slots) ? active_runs(control, slots, 0) : Runs()),
-        place(placed(units, compact)) {}
-
-  int64_t axis;  // the elastic axis of the activation
-  Runs units;    // in the parameters
-  Runs place;    // in the activation
-};
-
-// `part` at its place in an activation like `input`.
-Tensor spread(const Tensor& part, const Tensor& input, const Plan& plan) {
-  if (total(plan.place) == input.size(plan.axis)) return part;
-  Tensor whole = zeros_outside(input.sizes(), input.options(), plan.axis, plan.place);
-  write(whole, part, plan.axis, plan.place);
-  return whole;
-}
-
 Three layer_norm_native(
     const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias, const Tensor& control, const Tensor& slots,
     bool compact, int64_t normalized_dims, double eps) {
-  const Plan plan(input, control, slots, compact, normalized_dims);
+  const NormPlan plan(control, slots, compact, input.dim() - normalized_dims);
   if (plan.units.empty()) {
     auto rows = input.sizes().vec();
     std::fill(rows.begin() + plan.axis, rows.end(), 1);
@@ -50,16 +30,16 @@ Three layer_norm_native(
     const Tensor mean = at::zeros(rows, input.options().dtype(type));
     return {at::zeros(input.sizes(), input.options()), mean, at::zeros_like(mean)};
   }
-  const Tensor x = slice(input, plan.axis, plan.place);
+  const Tensor x = plan.gather(input);
   auto [output, mean, rstd] =
       at::native_layer_norm(x, x.sizes().slice(plan.axis), sliced(weight, plan.units), sliced(bias, plan.units), eps);
-  return {spread(output, input, plan), mean, rstd};
+  return {plan.spread(output, input), mean, rstd};
 }
 
 Three layer_norm_backward_native(
     const Tensor& grad, const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias, const Tensor& mean,
     const Tensor& rstd, const Tensor& control, const Tensor& slots, bool compact, int64_t normalized_dims, Mask mask) {
-  const Plan plan(input, control, slots, compact, normalized_dims);
+  const NormPlan plan(control, slots, compact, input.dim() - normalized_dims);
   auto unused = [&] { return at::empty({0}, grad.options()); };  // a new one each, since outputs of an op may not alias
   Three result{unused(), mask[1] ? at::zeros_like(*weight) : unused(), mask[2] ? at::zeros_like(*bias) : unused()};
   auto& [gx, gw, gb] = result;
@@ -67,11 +47,11 @@ Three layer_norm_backward_native(
     if (mask[0]) gx = at::zeros(input.sizes(), input.options());
     return result;
   }
-  const Tensor x = slice(input, plan.axis, plan.place);
+  const Tensor x = plan.gather(input);
   auto [px, pw, pb] = at::native_layer_norm_backward(
-      slice(grad, plan.axis, plan.place), x, x.sizes().slice(plan.axis), mean, rstd, sliced(weight, plan.units),
+      plan.gather(grad), x, x.sizes().slice(plan.axis), mean, rstd, sliced(weight, plan.units),
       sliced(bias, plan.units), mask);
-  if (mask[0]) gx = spread(px, input, plan);
+  if (mask[0]) gx = plan.spread(px, input);
   if (mask[1]) write(gw, pw, 0, plan.units);
   if (mask[2]) write(gb, pb, 0, plan.units);
   return result;
@@ -81,7 +61,7 @@ Three layer_norm_backward_native(
 variable_list differentiable_backward(
     const Tensor& grad, const Tensor& input, const optional<Tensor>& weight, const optional<Tensor>& bias, const Tensor& mean,
     const Tensor& rstd, const Tensor& control, const Tensor& slots, bool compact, int64_t normalized_dims, Mask mask) {
-  const Plan plan(input, control, slots, compact, normalized_dims);
+  const NormPlan plan(control, slots, compact, input.dim() - normalized_dims);
   variable_list result(3);
   if (plan.units.empty()) {
     if (mask[0]) result[0] = at::zeros_like(input);
@@ -89,9 +69,9 @@ variable_list differentiable_backward(
     if (mask[2]) result[2] = at::zeros_like(*bias);
     return result;
   }
-  const Tensor x = slice(input, plan.axis, plan.place);
+  const Tensor x = plan.gather(input);
   auto [gx, gw, gb] = at::native_layer_norm_backward(
-      slice(grad, plan.axis, plan.place), x, x.sizes().slice(plan.axis), mean, rstd, sliced(weight, plan.units),
+      plan.gather(grad), x, x.sizes().slice(plan.axis), mean, rstd, sliced(weight, plan.units),
       sliced(bias, plan.units), mask);
   if (mask[0]) result[0] = embed(gx, plan.axis, plan.place, input.size(plan.axis));
   if (mask[1]) result[1] = embed(gw, 0, plan.units, weight->size(0));

@@ -38,6 +38,31 @@ TORCH_LIBRARY(esper_elastic, m) {
       "Tensor slots, bool compact, int normalized_dims, bool[3] mask) -> (Tensor, Tensor, Tensor)");
 
   m.def(
+      "rms_norm(Tensor input, Tensor? weight, Tensor control, Tensor slots, bool compact, int normalized_dims, float eps) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor rstd, Tensor control, Tensor slots, bool compact, "
+      "int normalized_dims, bool[2] mask) -> (Tensor, Tensor)");
+
+  // With `group_width` zero all active channels are one group.
+  m.def(
+      "group_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor control, Tensor slots, bool compact, int group_width, float eps) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "group_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor control, "
+      "Tensor slots, bool compact, int group_width, bool[3] mask) -> (Tensor, Tensor, Tensor)");
+
+  m.def(
+      "embedding(Tensor weight, Tensor indices, Tensor control, Tensor slots, int padding_idx, bool scale_grad_by_freq, SymInt? width) "
+      "-> Tensor");
+  m.def(
+      "embedding_backward(Tensor grad, Tensor weight, Tensor indices, Tensor control, Tensor slots, int padding_idx, "
+      "bool scale_grad_by_freq, bool compact) -> Tensor");
+  m.def(
+      "embedding_renorm_(Tensor(a!) weight, Tensor indices, Tensor control, Tensor slots, bool compact, float max_norm, float norm_type) "
+      "-> ()");
+
+  m.def(
       "convolution(Tensor input, Tensor weight, Tensor? bias, Tensor control, Tensor slots, int[2] stride, int[2] padding, "
       "int[2] dilation, bool transposed, int[2] output_padding, bool grouped, SymInt channels, bool compact, ScalarType? dtype=None) "
       "-> Tensor");

@@ -127,12 +127,14 @@ void* map_huge_pages(size_t bytes) {
 
 at::Tensor zeros_outside(
     at::IntArrayRef sizes, const at::TensorOptions& options, int64_t axis, const Runs& runs, at::MemoryFormat format) {
-  const bool last = format == at::MemoryFormat::ChannelsLast;
   const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
   const bool whole = total(runs) == sizes[axis];
   if (!whole && options.device().is_cpu() && bytes >= 2 * kHugePage && huge_pages_on_demand()) {
     if (void* pages = map_huge_pages(bytes)) {
-      const at::DimVector strides(last ? at::DimVector(c10::get_channels_last_strides_2d(sizes)) : c10::contiguous_strides(sizes));
+      const at::DimVector strides(
+          format == at::MemoryFormat::ChannelsLast         ? at::DimVector(c10::get_channels_last_strides_2d(sizes))
+              : format == at::MemoryFormat::ChannelsLast3d ? at::DimVector(c10::get_channels_last_strides_3d(sizes))
+                                                           : c10::contiguous_strides(sizes));
       return at::from_blob(pages, sizes, strides, [bytes](void* begin) { munmap(begin, bytes); }, options);
     }
   }

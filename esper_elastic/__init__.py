@@ -23,8 +23,11 @@ from .layers import (
     ElasticConv1d,
     ElasticConv2d,
     ElasticConvTranspose2d,
+    ElasticEmbedding,
+    ElasticGroupNorm,
     ElasticLayerNorm,
     ElasticLinear,
+    ElasticRMSNorm,
 )
 from .model import control_block, dims, disable, enable, resize, set_layout
 from .ops import backend_info
@@ -42,8 +45,11 @@ __all__ = [
     "ElasticConv1d",
     "ElasticConv2d",
     "ElasticConvTranspose2d",
+    "ElasticEmbedding",
+    "ElasticGroupNorm",
     "ElasticLayerNorm",
     "ElasticLinear",
+    "ElasticRMSNorm",
     "backend_info",
     "control_block",
     "dims",

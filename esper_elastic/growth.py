@@ -18,7 +18,7 @@ from torch import Tensor
 from . import followers
 from .control import ElasticDim, exact_int, install_verb
 from .errors import CapacityError, OptimizerError
-from .layers.units import Place, block, distinct, is_parameter, places
+from .layers.units import Place, blocks, distinct, is_parameter, places
 
 #: Raw shares of split consumer columns are drawn from here, before those of one parent are scaled to sum to one.
 _SHARE_RANGE = (0.5, 1.5)
@@ -52,10 +52,12 @@ def grow(dim: ElasticDim, n: int, init: str = "zero", exact: bool = True) -> Non
         _require_exact(dim, found, init, where)
 
     def give_birth() -> None:
-        birth = _draw if init == "zero" else _split
         with torch.no_grad():
             current = places(dim, where)
-            birth(current, active, n)
+            if init == "zero":
+                _draw(current, active, n)
+            else:
+                _split(current, active, n, math.lcm(*(size for _, size in blocks(dim))))
             _start_afresh(current, active, n)
 
     dim.block.stage(dim, n, give_birth)
@@ -69,7 +71,8 @@ def keep(dim: ElasticDim, indices: Iterable[Any] | Tensor) -> None:
     if len(chosen) == active:
         return
     staying = set(chosen)
-    _require_whole_blocks(_checked(dim, where), staying, active, where)
+    _checked(dim, where)
+    _require_whole_blocks(dim, staying, active, where)
     order = torch.tensor(chosen + [unit for unit in range(active) if unit not in staying])
 
     def move() -> None:
@@ -107,7 +110,7 @@ def _require_exact(dim: ElasticDim, found: list[Place], init: str, where: str) -
             f"{where}: plain code mixes all its units, so newborn ones change what it gives: {dim.mixed}. "
             "Pass exact=False to grow all the same."
         )
-    mixing = next((place.layer for place in found if place.layer.mixes_units), None)
+    mixing = next((layer for layer in dim.users() if layer.mixes_units), None)
     if mixing is not None:
         raise CapacityError(
             f"{where}: {mixing._widths.label} runs over the dim and mixes all its units, so newborn ones change its output. "
@@ -151,14 +154,13 @@ def _chosen(dim: ElasticDim, indices: Any, active: int, where: str) -> list[int]
     return chosen
 
 
-def _require_whole_blocks(found: list[Place], staying: set[int], active: int, where: str) -> None:
-    for place in found:
-        size = block(place)
+def _require_whole_blocks(dim: ElasticDim, staying: set[int], active: int, where: str) -> None:
+    for layer, size in blocks(dim):
         for first in range(0, active, size):
             here = [unit for unit in range(first, first + size) if unit in staying]
             if here and len(here) < size:
                 raise CapacityError(
-                    f"{where}: {place.layer._widths.label} computes the units in groups of {size}: expected all or none of units "
+                    f"{where}: {layer._widths.label} computes the units in groups of {size}: expected all or none of units "
                     f"{first} to {first + size - 1}, got {_listed(here)} alone. Choose whole groups."
                 )
 
@@ -171,22 +173,27 @@ def _listed(values: list[int]) -> str:
 
 
 def _draw(found: list[Place], active: int, n: int) -> None:
-    """Random producers first, constants after: where both meet (a weight with the dim on both axes, a tied weight) the zeros count."""
-    for place in sorted(found, key=lambda place: place.newborn != "draw"):
+    """Random producers first, constants after: where both meet (a weight with the dim on both axes, a tied weight) the zeros count.
+
+    A weight that several layers produce the units with follows the law of the oldest.
+    """
+    produced = distinct([place for place in found if place.newborn == "draw"])
+    for place in (*produced, *(place for place in found if place.newborn != "draw")):
         newborn = place.units(place.tensor).narrow(place.unit_axis, active, n - active)
         if place.newborn == "draw":
-            bound = place.layer._init_bound()
-            newborn.uniform_(-bound, bound)
+            place.layer.draw(newborn, axis=place.axis)
         else:
             newborn.fill_(place.newborn == "one")
 
 
-def _split(found: list[Place], active: int, n: int) -> None:
+def _split(found: list[Place], active: int, n: int, size: int) -> None:
     """Copies of producers, shares of consumers; each over the full capacity of what crosses, so that their order does not matter.
+
+    Units are copied in blocks of ``size``, which layers compute as one.
 
     Source: Chen, Goodfellow, Shlens: Net2Net (ICLR 2016), section 2.3, with shares in the place of its noise.
     """
-    count, size = n - active, math.lcm(*(block(place) for place in found))
+    count = n - active
     families = torch.randperm(active // size).repeat(-(-count // active))[: count // size]
     parents = (families[:, None] * size + torch.arange(size)).flatten()
     for place in distinct(found):
@@ -233,12 +240,18 @@ def _permute(found: list[Place], order: Tensor) -> None:
             continue
         if place.tensor.grad is not None:
             _permute_units(place, place.tensor.grad, order)
-        following = followers.followers_of(place.tensor)
-        if following:
-            indices = torch.arange(place.tensor.shape[place.axis])
-            _permute_units(place._replace(axis=0), indices, order)
-            for follower in following:
-                follower.permute_state(place.tensor, place.axis, indices)
+        for follower in followers.followers_of(place.tensor):
+            follower.permute_state(place.tensor, place.axis, _order_of_axis(place, order))
+    for place in found:
+        if place.name == "weight":
+            place.layer.renumber(place.axis, _order_of_axis(place, order))
+
+
+def _order_of_axis(place: Place, order: Tensor) -> Tensor:
+    """Which index comes to each place of the axis."""
+    indices = torch.arange(place.tensor.shape[place.axis])
+    _permute_units(place._replace(axis=0), indices, order)
+    return indices
 
 
 def _permute_units(place: Place, tensor: Tensor, order: Tensor) -> None:

@@ -196,6 +196,7 @@ class Contract(ABC):
         entering: which of them the input's units run over.
         leaving: which of them the output's units run over.
         unit: the axis of the activations that units lie on.
+        differentiable: whether the input has a gradient; indices have none.
         dtypes: those that the layer serves.
         kernels: whether Triton serves the layer: ``"all"`` tests run on it, ``"narrow"`` (the interpreter takes its time), or ``None``.
     """
@@ -204,6 +205,7 @@ class Contract(ABC):
     entering = 1
     leaving = 0
     unit = -1
+    differentiable = True
     dtypes: tuple[torch.dtype, ...] = DTYPES
     kernels: str | None = None
 
@@ -327,9 +329,12 @@ class Contract(ABC):
         return layer._widths.axes[self.leaving]
 
     def inputs(self, layer: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """An input as the layer's layout wants it, dormant units full of NaN, and the twin's; both require gradients."""
+        """An input as the layer's layout wants it, dormant units full of NaN, and the twin's; both require gradients, if they have any."""
         axis = self.axis_in(layer)
-        part = self.input(axis.active).to(dtype)
+        part = self.input(axis.active)
+        if not self.differentiable:
+            return part, part.clone()
+        part = part.to(dtype)
         ours = embed(part, self.unit, axis, math.nan) if layer.layout == "static" else part.clone()
         return ours.requires_grad_(), part.requires_grad_()
 
@@ -357,7 +362,7 @@ class Contract(ABC):
         dense, exact = self.twin(layer, dtype), self.twin(layer, torch.float64)
         before = dormant_bits(layer)
         ours, theirs = self.inputs(layer, dtype) if x is None else x
-        truth = theirs.detach().double().requires_grad_()
+        truth = theirs.detach().double().requires_grad_() if self.differentiable else theirs
         y, y_dense, y_exact = call(layer, ours), call(dense, theirs), call(exact, truth)
         axis = self.axis_out(layer)
         assert_as_exact(self.part(layer, y, axis), y_dense, y_exact, "output")
@@ -365,7 +370,8 @@ class Contract(ABC):
         y.backward(embed(g, self.unit, axis, math.nan) if layer.layout == "static" else g)
         y_dense.backward(g)
         y_exact.backward(g.double())
-        assert_as_exact(self.part(layer, ours.grad, self.axis_in(layer)), theirs.grad, truth.grad, "input gradient")
+        if self.differentiable:
+            assert_as_exact(self.part(layer, ours.grad, self.axis_in(layer)), theirs.grad, truth.grad, "input gradient")
         for name, parameter in dense.named_parameters():
             assert_as_exact(self.gradient(layer, name), parameter.grad, exact.get_parameter(name).grad, f"{name} gradient")
         for name, buffer in dense.named_buffers():
@@ -394,9 +400,9 @@ class Contract(ABC):
         ours, theirs = self.inputs(layer)
 
         def strided(tensor: Tensor) -> Tensor:
-            wide = torch.full((*tensor.shape, 2), math.nan, dtype=tensor.dtype)
+            wide = torch.full((*tensor.shape, 2), math.nan if self.differentiable else -1, dtype=tensor.dtype)
             wide[..., 0] = tensor.detach()
-            return wide[..., 0].requires_grad_()
+            return wide[..., 0].requires_grad_(tensor.requires_grad)
 
         def call(module: nn.Module, x: Tensor) -> Tensor:
             return strided_gradient(module(x))
@@ -417,7 +423,7 @@ class Contract(ABC):
     def test_frozen_operands_get_no_gradient(self, backend: str, layout: str, narrow: tuple[AxisCase, ...]) -> None:
         names = [name for name, _ in self.build(narrow, layout).named_parameters()]
         for wanted in itertools.product((False, True), repeat=len(names) + 1):
-            if not any(wanted):
+            if not any(wanted) or (wanted[0] and not self.differentiable):
                 continue
             layer = self.build(narrow, layout)
             dense = self.twin(layer, torch.float32)
@@ -572,7 +578,8 @@ class Contract(ABC):
         assert all(p.grad is None for p in layer.parameters())
 
     def test_second_derivative_across_a_commit_raises(self, backend: str, layout: str, narrow: tuple[AxisCase, ...]) -> None:
-        for of in ("input", *(name for name, _ in self.build(narrow, layout).named_parameters())):
+        names = [name for name, _ in self.build(narrow, layout).named_parameters()]
+        for of in ("input", *names) if self.differentiable else names:
             layer = self.build(narrow, layout)
             x, _ = self.inputs(layer)
             y = layer(x)

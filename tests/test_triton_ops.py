@@ -19,6 +19,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "batch norm": (lambda: ee.ElasticBatchNorm2d(5, max_num_features=9), (3, 9, 2, 2)),
     "batch norm, eval": (lambda: ee.ElasticBatchNorm2d(5, max_num_features=9).eval(), (3, 9, 2, 2)),
     "layer norm": (lambda: ee.ElasticLayerNorm(5, max_num_features=9), (4, 9)),
+    "group norm": (lambda: ee.ElasticGroupNorm(2, 4, max_num_features=6), (2, 6, 3)),
+    "group norm, one group": (lambda: ee.ElasticGroupNorm(1, 4, max_num_features=6, bias=False), (2, 6, 3)),
+    "rms norm": (lambda: ee.ElasticRMSNorm(5, max_num_features=9), (4, 9)),
 }
 
 

@@ -91,5 +91,5 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name not in ours} | sizes
 
 
-_VIEW_ATTRIBUTES = ("_axes", "_sizes", "_widths", "_masks", "newborn", "mixes_units")
+_VIEW_ATTRIBUTES = ("_axes", "_sizes", "_widths", "_masks", "newborn", "_mixed")
 _SWITCH_ATTRIBUTES = ("kind", "static", "switch", "_position", "control", "slot", "backend")

@@ -27,8 +27,6 @@ class ElasticLayer(nn.Module):
     dense_class: ClassVar[type[nn.Module]]
     #: What `grow` writes to newborn units, per tensor and axis: "draw" from the layer's law, "zero" or "one".
     newborn: ClassVar[dict[str, tuple[str, ...]]]
-    #: Whether one unit's output depends on the others of the same dim, so that no newborn unit can leave the function as it is.
-    mixes_units: ClassVar[bool] = False
     speaks_of_widths = True  # a state_dict does
     _widths: Widths
 
@@ -46,8 +44,14 @@ class ElasticLayer(nn.Module):
         """The half-width of the uniform law that ``nn`` would draw weights from at the active size."""
         raise NotImplementedError
 
-    def inseparable(self, name: str) -> int:
-        """Neighbouring indices of the first axis of tensor ``name`` that stay or go together, being one group to the layer."""
+    @property
+    def mixes_units(self) -> bool:
+        """Whether one unit's output depends on the others of the same dim, so that no newborn unit can leave the function as it is."""
+        return False
+
+    @property
+    def inseparable(self) -> int:
+        """Neighbouring indices of the weight's first axis that stay or go together, since the layer computes them as one group."""
         return 1
 
     def storage(self, name: str) -> Tensor | None:
@@ -61,7 +65,7 @@ class ElasticLayer(nn.Module):
 
     def own_attributes(self) -> set[str]:
         """Names of the attributes that the ``nn`` layer does not have."""
-        return {"_widths", *(name for name, value in vars(self).items() if isinstance(value, Axis))}
+        return {"_widths", "_group_width", "_fixed_shape", *(name for name, value in vars(self).items() if isinstance(value, Axis))}
 
     @property
     def produced(self) -> list[ElasticDim]:
@@ -116,8 +120,18 @@ class ElasticLayer(nn.Module):
 
     def _fill_dormant(self, name: str, storage: Tensor) -> None:
         """Give all of ``storage`` finite values of the law that the active slice is drawn from."""
+        self.draw(storage, private_generator(storage.device))
+
+    def draw(self, values: Tensor, generator: torch.Generator | None = None, axis: int = 1) -> None:
+        """Fill ``values`` by the law that ``nn`` would draw them from at the active size.
+
+        They are all of a tensor, or what newborn units have of it, whose axis is ``axis``.
+        """
         bound = self._init_bound()
-        storage.uniform_(-bound, bound, generator=private_generator(storage.device))
+        values.uniform_(-bound, bound, generator=generator)
+
+    def renumber(self, axis: int, order: Tensor) -> None:
+        """Take note that index ``order[i]`` of an axis of the weight has moved to ``i``; for layers that know an index by its number."""
 
     def reset_parameters(self) -> None:
         """Draw the active slice as ``nn`` would with the same seed, and the dormant part from a generator of its own."""

@@ -48,9 +48,6 @@ class _ElasticConv(ElasticLayer, _ConvNd):
         self._group_width = dense.in_channels // dense.groups if dense.groups > 1 else None
         super()._adopt(dense, dims)
 
-    def own_attributes(self) -> set[str]:
-        return {*super().own_attributes(), "_group_width"}
-
     @property
     def in_channels(self) -> int:  # type: ignore[override]
         """The input channels that activations have now."""
@@ -70,10 +67,10 @@ class _ElasticConv(ElasticLayer, _ConvNd):
     def _grouped(self) -> bool:
         return self._group_width is not None
 
-    def inseparable(self, name: str) -> int:
-        axis = self.tensor_axes()[name][0]
-        assert axis is not None
-        return 1 if self._group_width is None else self._group_width * axis.capacity // self.in_dim.capacity
+    @property
+    def inseparable(self) -> int:
+        """The output channels of a group."""
+        return 1 if self._group_width is None else self._group_width * self.out_dim.capacity // self.in_dim.capacity
 
     def tensor_axes(self) -> dict[str, tuple[Axis | None, ...]]:
         first, second = (self.in_dim, self.out_dim) if self.transposed else (self.out_dim, self.in_dim)

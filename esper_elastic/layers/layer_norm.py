@@ -53,24 +53,19 @@ class ElasticLayerNorm(ElasticLayer, nn.LayerNorm):
         dim: Axis | None = None,
     ) -> None:
         shape = tuple(normalized_shape) if isinstance(normalized_shape, Sequence) else (normalized_shape,)
-        dims = _dims(shape, max_num_features, dim)
-        self._take(nn.LayerNorm(shape, eps, elementwise_affine, bias, device, dtype), dims)
+        dims = normalized_dim("ElasticLayerNorm", shape, max_num_features, dim)
+        self._adopt(nn.LayerNorm(shape, eps, elementwise_affine, bias, device, dtype), dims)
 
     @classmethod
     def from_dense(cls, module: nn.LayerNorm, *, max_num_features: int | None = None, dim: Axis | None = None) -> Self:
         """The elastic form of ``module``, with copies of its weights as the active ones."""
         cls._require_dense(module)
-        layer = cls.__new__(cls)
-        layer._take(module, _dims(module.normalized_shape, max_num_features, dim))
-        return layer
+        return cls._from(module, normalized_dim("ElasticLayerNorm", module.normalized_shape, max_num_features, dim))
 
-    def _take(self, dense: nn.LayerNorm, dims: dict[str, Axis]) -> None:
-        """Become the elastic form of ``dense``; its fixed sizes are known before the layer is."""
+    def _adopt(self, dense: nn.Module, dims: dict[str, Axis]) -> None:
+        assert isinstance(dense, nn.LayerNorm)
         self._fixed_shape = dense.normalized_shape[1:]
-        self._adopt(dense, dims)
-
-    def own_attributes(self) -> set[str]:
-        return {*super().own_attributes(), "_fixed_shape"}
+        super()._adopt(dense, dims)
 
     @property
     def normalized_shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -99,7 +94,12 @@ class ElasticLayerNorm(ElasticLayer, nn.LayerNorm):
         )
 
 
-def _dims(shape: tuple[int, ...], max_num_features: int | None, dim: Axis | None) -> dict[str, Axis]:
+def normalized_dim(label: str, shape: Sequence[int], max_num_features: int | None, dim: Axis | None) -> dict[str, Axis]:
+    """The dim of the first of the sizes that a layer normalises over.
+
+    Raises:
+        CapacityError: there is none, it is no valid width, or it disagrees with the dim given.
+    """
     if not shape:
-        raise CapacityError("ElasticLayerNorm: normalized_shape: expected at least one size, got none.")
-    return {"dim": resolve_dim("ElasticLayerNorm", shape[0], "num_features", max_num_features, dim)}
+        raise CapacityError(f"{label}: normalized_shape: expected at least one size, got none.")
+    return {"dim": resolve_dim(label, shape[0], "num_features", max_num_features, dim)}

@@ -95,9 +95,14 @@ def places(dim: ElasticDim, where: str) -> list[Place]:
     return found
 
 
-def block(place: Place) -> int:
-    """How many neighbouring units are one to the layer, as the channels of a group are where the dim counts channels."""
-    return math.lcm(place.inner, place.layer.inseparable(place.name)) // place.inner
+def blocks(dim: ElasticDim) -> list[tuple[Any, int]]:
+    """Each layer over the dim, with how many neighbouring units are one to it: the channels of a group, where the dim counts channels."""
+    return [
+        (layer, math.lcm(segment.inner, layer.inseparable) // segment.inner)
+        for layer in dim.users()
+        for segment in layer._widths.axes[0].segments
+        if segment.dim is dim
+    ]
 
 
 def distinct(found: list[Place]) -> list[Place]:

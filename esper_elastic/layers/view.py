@@ -36,6 +36,7 @@ class ElasticView(ElasticLayer):
     newborn: ClassVar = {}
     _axes: dict[str, Axes]
     _sizes: dict[str, Any]
+    _mixed: bool
 
     @classmethod
     def needs(cls, axes: Mapping[str, Axes]) -> bool:
@@ -55,7 +56,7 @@ class ElasticView(ElasticLayer):
         self._axes = dict(axes)
         self._sizes = dict(sizes)
         self.newborn = dict(newborn)  # type: ignore[misc]
-        self.mixes_units = mixed  # type: ignore[misc]
+        self._mixed = mixed
         every = {id(axis): axis for axis in self._every_axis()}
         self._widths = Widths(type(self).__name__, tuple(every.values()))
         roots = {id(dim): dim for axis in every.values() for dim in axis.dims}
@@ -84,6 +85,10 @@ class ElasticView(ElasticLayer):
             for index, axis in enumerate(own):
                 if axis is not None:
                     yield f"{name}.{index}", axis
+
+    @property
+    def mixes_units(self) -> bool:
+        return self._mixed
 
     @property
     def produced(self) -> list[ElasticDim]:

@@ -31,12 +31,7 @@ def layer_norm(
     Raises:
         LayoutError: the normalised sizes of ``input`` are not those that the layer has now.
     """
-    normalized_dims = 1 + len(fixed_shape)
-    if input.dim() < normalized_dims or tuple(input.shape[input.dim() - len(fixed_shape) :]) != fixed_shape:
-        expected = ", ".join(str(size) for size in ("*", widths.size(0), *fixed_shape))
-        raise LayoutError(f"{widths.label}: input: expected shape ({expected}), got {tuple(input.shape)}.")
-    if input.shape[-normalized_dims] != widths.size(0):
-        raise widths.refuse("input units", input.shape[-normalized_dims], 0)
+    normalized_dims = require_sizes(input, fixed_shape, widths)
     backend = widths.serving(input, weight, bias)
     if backend == "triton":
         from . import triton
@@ -48,6 +43,21 @@ def layer_norm(
         input, weight, bias, widths.control, widths.slots, not widths.static, normalized_dims, eps
     )
     return result[0]
+
+
+def require_sizes(input: Tensor, fixed_shape: tuple[int, ...], widths: Widths) -> int:
+    """How many sizes a norm runs over, if the last ones of ``input`` are those.
+
+    Raises:
+        LayoutError: they are not.
+    """
+    normalized_dims = 1 + len(fixed_shape)
+    if input.dim() < normalized_dims or tuple(input.shape[input.dim() - len(fixed_shape) :]) != fixed_shape:
+        expected = ", ".join(str(size) for size in ("*", widths.size(0), *fixed_shape))
+        raise LayoutError(f"{widths.label}: input: expected shape ({expected}), got {tuple(input.shape)}.")
+    if input.shape[-normalized_dims] != widths.size(0):
+        raise widths.refuse("input units", input.shape[-normalized_dims], 0)
+    return normalized_dims
 
 
 if LIBRARY_MISSING is None:

@@ -118,6 +118,65 @@ def layer_norm(
     return fence(leave(output, axis, units, widths), widths.control, widths.label)
 
 
+def rms_norm(input: Tensor, fixed_shape: tuple[int, ...], weight: Tensor | None, widths: Widths, eps: float | None) -> Tensor:
+    """``F.rms_norm`` of the active units, which alone enter the mean square."""
+    (units,) = widths.axes
+    axis = input.dim() - 1 - len(fixed_shape)
+    if asleep(widths):
+        return _silent(input, axis)
+    x, w = fence_operands(widths, input, weight)
+    x = enter(x, axis, units, widths)
+    w = None if w is None else active_slice(w, 0, units)
+    output = F.rms_norm(x, [x.shape[axis], *fixed_shape], w, eps)
+    return fence(leave(output, axis, units, widths), widths.control, widths.label)
+
+
+def group_norm(input: Tensor, group_width: int | None, weight: Tensor | None, bias: Tensor | None, widths: Widths, eps: float) -> Tensor:
+    """``F.group_norm`` of the active channels, in groups of ``group_width``, or as one group."""
+    (channels,) = widths.axes
+    if asleep(widths):
+        return _silent(input, 1)
+    x, *fenced = fence_operands(widths, input, weight, bias)
+    x = enter(x, 1, channels, widths)
+    w, b = (None if t is None else active_slice(t, 0, channels) for t in fenced)
+    output = F.group_norm(x, 1 if group_width is None else x.shape[1] // group_width, w, b, eps)
+    return fence(leave(output, 1, channels, widths), widths.control, widths.label)
+
+
+def embedding(
+    indices: Tensor,
+    weight: Tensor,
+    widths: Widths,
+    padding_idx: int | None,
+    max_norm: float | None,
+    norm_type: float,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    """``output = weight[indices]`` over active rows and columns; with ``max_norm`` the rows looked up are first made no longer."""
+    columns, rows = widths.axes
+    padding_idx = padding_idx if padding_idx is not None and padding_idx < rows.active else None
+    if max_norm is not None and not asleep(widths):
+        _renormalise(indices, weight, widths, max_norm, norm_type)
+    (w,) = fence_operands(widths, weight)
+    w = active_slice(active_slice(w, 0, rows), 1, columns)
+    output = F.embedding(indices, w, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    return fence(leave(output, -1, columns, widths), widths.control, widths.label)
+
+
+@torch.no_grad()
+def _renormalise(indices: Tensor, weight: Tensor, widths: Widths, max_norm: float, norm_type: float) -> None:
+    """Shorten the active part of the rows looked up, in place."""
+    columns, rows = widths.axes
+    runs = columns.runs()
+    part = take(active_slice(weight.detach(), 0, rows), 1, runs)
+    torch.embedding_renorm_(part, indices.contiguous(), max_norm, norm_type)
+    if len(runs) > 1:  # a copy, not a view
+        found, offset = indices.unique(), 0
+        for start, length in runs:
+            weight.detach().narrow(1, start, length).index_copy_(0, found, part.narrow(1, offset, length).index_select(0, found))
+            offset += length
+
+
 def active_slice(tensor: Tensor, index: int, axis: Axis) -> Tensor:
     """The active part of a capacity-sized tensor along one axis: a view for a single run."""
     return take(tensor, index, axis.runs())

@@ -7,10 +7,13 @@ on the host, so that compiled models and captured graphs follow every commit. Ea
 from .. import flops
 from .batch_norm import batch_norm
 from .conv2d import conv2d
+from .embedding import embedding
+from .group_norm import group_norm
 from .layer_norm import layer_norm
 from .linear import linear
+from .rms_norm import rms_norm
 from .switch import switch
 
-__all__ = ["batch_norm", "conv2d", "layer_norm", "linear", "switch"]
+__all__ = ["batch_norm", "conv2d", "embedding", "group_norm", "layer_norm", "linear", "rms_norm", "switch"]
 
 flops.register()

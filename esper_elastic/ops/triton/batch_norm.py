@@ -14,7 +14,7 @@ from torch import Tensor
 from ...triton_kernels.batch_norm import batch_norm_apply, batch_norm_backward, batch_norm_statistics
 from ...triton_kernels.launch import Segments
 from ..widths import Widths
-from .common import active, differentiated, launching, save, saved, switched_on
+from .common import active, differentiated, images_like, launching, save, saved, switched_on
 
 LABEL = "ElasticBatchNorm"
 
@@ -98,12 +98,6 @@ def _backward(
         return gx, x.new_empty(0) if gw is None else gw, x.new_empty(0) if gb is None else gb
 
 
-def _like(x: Tensor) -> Tensor:
-    """An empty tensor in the memory format that the kernels write."""
-    channels_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-    return x.movedim(1, -1).new_empty(x.movedim(1, -1).shape).movedim(-1, 1) if channels_last else x.new_empty(x.shape)
-
-
 @_statistics.register_fake
 def _(
     x: Tensor,
@@ -133,7 +127,7 @@ def _(
     training: bool,
     eps: float,
 ) -> Tensor:
-    return _like(x)
+    return images_like(x)
 
 
 @_backward.register_fake
@@ -151,7 +145,7 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gw, gb = (x.new_empty(0) if p is None else torch.empty_like(p) for p in (weight, bias))
-    return _like(x), gw, gb
+    return images_like(x), gw, gb
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -52,13 +52,28 @@ def saved(ctx: Any) -> tuple[Tensor, ...]:
     return ctx.saved_tensors
 
 
+def flat(parameter: Tensor | None) -> Tensor | None:
+    """A parameter as the kernels of norms take it."""
+    return None if parameter is None else parameter.contiguous().view(-1)
+
+
+def shaped(gradient: Tensor | None, parameter: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient in the shape of its parameter; without one, no elements of the kind of ``like``."""
+    return like.new_empty(0) if gradient is None or parameter is None else gradient.view(parameter.shape)
+
+
+def images_like(x: Tensor) -> Tensor:
+    """An empty tensor in the memory format that the kernels of norms over channels write."""
+    channels_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    return x.movedim(1, -1).new_empty(x.movedim(1, -1).shape).movedim(-1, 1) if channels_last else x.new_empty(x.shape)
+
+
 def active(control: Tensor, slots: Tensor, first: int, count: int, size: int) -> Tensor:
     """Which indices of an axis of ``size`` are active, by the ``count`` rows of ``slots`` from ``first`` on: for formulas in plain ops."""
     index = torch.arange(size, device=control.device)
-    inside = torch.zeros_like(index, dtype=torch.bool)
-    for _, slot, start, inner in (row.unbind() for row in slots[first : first + count]):
-        inside |= (index >= start) & (index < start + control[slot] * inner)
-    return inside
+    _, slot, start, inner = slots[first : first + count].unbind(1)
+    stop = start + control[slot] * inner
+    return ((index >= start[:, None]) & (index < stop[:, None])).any(0)
 
 
 def switched_on(control: Tensor, slots: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...triton_kernels.launch import Segments
 from ...triton_kernels.layer_norm import layer_norm_backward, layer_norm_forward
 from ..widths import Widths
-from .common import active, differentiated, launching, save, saved, switched_on
+from .common import active, differentiated, flat, launching, save, saved, shaped, switched_on
 
 LABEL = "ElasticLayerNorm"
 
@@ -33,9 +33,7 @@ def _layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, control: Tensor, slots: Tensor, segments: list[int], fixed: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     with launching(control):
-        y, mean, rstd = layer_norm_forward(
-            x.contiguous(), fixed, _flat(weight), _flat(bias), None, control, slots, Segments(*segments), eps
-        )
+        y, mean, rstd = layer_norm_forward(x.contiguous(), fixed, flat(weight), flat(bias), None, control, slots, Segments(*segments), eps)
         assert mean is not None
         return y, mean, rstd
 
@@ -56,17 +54,9 @@ def _backward(
     """A gradient without its parameter has no elements. Of ``bias``, shape and type alone matter."""
     with launching(control):
         gx, gw, gb, _ = layer_norm_backward(
-            grad.contiguous(), x.contiguous(), fixed, _flat(weight), _flat(bias), None, mean, rstd, control, slots, Segments(*segments)
+            grad.contiguous(), x.contiguous(), fixed, flat(weight), flat(bias), None, mean, rstd, control, slots, Segments(*segments)
         )
-        return gx, _shaped(gw, weight, x), _shaped(gb, bias, x)
-
-
-def _flat(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous().view(-1)
-
-
-def _shaped(gradient: Tensor | None, parameter: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty(0) if gradient is None or parameter is None else gradient.view(parameter.shape)
+        return gx, shaped(gw, weight, x), shaped(gb, bias, x)
 
 
 @_layer_norm.register_fake
