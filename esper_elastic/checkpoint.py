@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .control import ControlBlock, Entry
-from .convert.elasticize import PLAN
-from .convert.plan import Plan
+from .convert import PLAN, Plan
 from .errors import CapacityError, CheckpointError, OptimizerError
 from .layers import ElasticLayer, Switchable
 from .layers.state import ROOT_KEY, names

@@ -156,11 +156,12 @@ class _Structure:
             if isinstance(module, ElasticLayer):
                 self.layers.append(module)
                 module._widths.label = f"{type(module).__name__} {path!r}" if path else type(module).__name__
-                produced = module.produced
+                produced = [dim for dim in module.produced if dim.rigid is None]
                 for index, dim in enumerate(produced):
-                    if id(dim) not in named and dim.rigid is None:
+                    if id(dim) not in named:
                         named.add(id(dim))
-                        self._name(dim, path if len(produced) == 1 else f"{path}:{index}")
+                        name = path or module.name_of(dim)
+                        self._name(dim, name if len(produced) == 1 or not path else f"{name}:{index}")
             if isinstance(module, Switchable):
                 self.blocks[path] = module
                 module.switch.path = path

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .control import Axis, ElasticDim, Switch
+from .convert import example_of
 from .errors import LayoutError
 from .layers import ElasticLayer, Switchable
 from .model import control_block, copy_structure, dims
@@ -114,7 +115,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     Args:
         model: any module.
         example_inputs: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments. Shapes and dtypes alone matter.
-            Without them multiply-adds are not counted.
+            Left out, they are those that :func:`esper_elastic.elasticize` was given; without any, multiply-adds are not counted.
 
     Returns:
         The numbers; ``print`` shows them as a table. Multiply-adds are half of what ``torch.utils.flop_counter`` counts for a forward
@@ -132,6 +133,8 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     parameters = [tensor for tensor in held if isinstance(tensor.tensor, nn.Parameter)]
     active = sum(tensor.active for tensor in parameters)
     multiply_adds, active_multiply_adds, not_counted = None, None, "no example inputs were given, as in summary(model, torch.randn(...))."
+    if example_inputs is None:
+        example_inputs = example_of(model)
     if example_inputs is not None:
         active_multiply_adds, multiply_adds, not_counted = _count(model, example_inputs)
     on_dims = [sum(tensor.active_on(dim) for tensor in parameters) for dim in known.values()]

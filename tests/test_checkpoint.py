@@ -632,46 +632,17 @@ def test_a_load_that_is_interrupted_anywhere_changes_nothing(path: Path) -> None
 # Plans
 
 
-class Plan:
-    """What `convert.plan` will offer: makes the hidden width of a plain network elastic."""
-
-    def __init__(self, content: dict[str, Any]) -> None:
-        self.content = content
-
-    @classmethod
-    def from_json(cls, content: Any) -> Plan:
-        return cls(content)
-
-    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-        if self.content.get("broken"):
-            raise ee.TopologyError("no such module")
-        dim = ee.ElasticDim(4, self.content["capacity"])
-        old = [model[0].weight, model[0].bias, model[1].weight, model[1].bias]
-        model[0] = ee.ElasticLinear.from_dense(model[0], out_dim=dim)
-        model[1] = ee.ElasticLinear.from_dense(model[1], in_dim=dim)
-        new = [model[0].weight, model[0].bias, model[1].weight, model[1].bias]
-        model._elastic_plan = self.content
-        if optimizer is not None:
-            places = {id(a): b for a, b in zip(old, new, strict=True)}
-            for group in optimizer.param_groups:
-                group["params"][:] = [places[id(parameter)] for parameter in group["params"]]
-            optimizer.state.clear()
-
-
 def plain(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
 
 
 @pytest.fixture
-def converted(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, torch.optim.Optimizer]:
+def converted(path: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A converted model and its optimizer, which ``path`` holds."""
-    module = types.ModuleType("esper_elastic.convert.plan")
-    module.Plan = Plan
-    monkeypatch.setitem(sys.modules, module.__name__, module)
     model = plain()
     optimizer = ee.optim.AdamW(model.parameters())
-    Plan({"capacity": 6}).apply(model, optimizer)
+    ee.elasticize(model, torch.randn(3, 4), capacity={"0": 6}, optimizer=optimizer)
     train(model, optimizer, range(2))
     ee.resize(model, {"0": 5})
     train(model, optimizer, range(2))
@@ -709,7 +680,7 @@ def test_a_plain_model_stays_plain_where_the_file_does_not_fit(
     path: Path, converted: tuple[nn.Module, torch.optim.Optimizer], case: str
 ) -> None:
     if case == "plan":
-        rewritten(path, lambda c: c["plan"].update(broken=True), same)
+        rewritten(path, lambda c: c["plan"]["modules"][0].update(path="nowhere"), same)
     elif case == "shape":
         rewritten(path, same, lambda t: t.update({"1.bias": torch.zeros(3)}))
     elif case == "optimizer":
@@ -719,7 +690,7 @@ def test_a_plain_model_stays_plain_where_the_file_does_not_fit(
     other, resumed = plainly()
     before = everything(other, resumed)
     message = {
-        "plan": "plan: cannot make Sequential elastic by it: no such module",
+        "plan": "plan: cannot make Sequential elastic by it: plan: module 'nowhere' is missing",
         "shape": "1.bias: shape",
         "state": "exp_avg: expected the",
     }

@@ -1,7 +1,7 @@
 """From plain models to elastic ones and back."""
 
-from .elasticize import elasticize, plan
+from .elasticize import PLAN, elasticize, example_of, plan, plan_of
 from .export import export
 from .plan import Plan
 
-__all__ = ["Plan", "elasticize", "export", "plan"]
+__all__ = ["PLAN", "Plan", "elasticize", "example_of", "export", "plan", "plan_of"]

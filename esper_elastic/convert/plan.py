@@ -183,6 +183,13 @@ def make_plan(
         forget_history()
 
 
+#: Modules that hand their children's tensors to a fused kernel in evaluation, which no run on fake tensors sees.
+_FUSED_READERS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.TransformerEncoderLayer: ("linear1", "linear2", "norm1", "norm2"),
+    nn.MultiheadAttention: ("out_proj",),
+}
+
+
 def _runs(model: nn.Module, example: Example, axes: Axes) -> dict[Mode, Run]:
     """Runs in every mode that code may branch on. What evaluation does not reach, training may, and the other way round."""
     runs: dict[Mode, Run] = {}
@@ -195,6 +202,11 @@ def _runs(model: nn.Module, example: Example, axes: Axes) -> dict[Mode, Run]:
                 raise
             continue  # layers dropped at random, in training alone
         axes.read(runs[mode])
+    for path, module in model.named_modules():
+        for kind, names in _FUSED_READERS.items():
+            if isinstance(module, kind):
+                for key in (f"{path}.{name}.{tensor}".lstrip(".") for name in names for tensor in ("weight", "bias")):
+                    axes.readers.setdefault(key, {})[module] = None
     return runs
 
 
@@ -349,11 +361,11 @@ class _Planner:
 
     def _name(self, dims: list[PlannedDim], forms: Mapping[str, Form]) -> None:
         for path, form in forms.items():
-            produced = list(dict.fromkeys(stretch.atom for axis in form.produced for stretch in self.axes.stretches(axis)))
-            made = [atom for atom in produced if atom is None or atom in self.index]
+            made = list(dict.fromkeys(atom for axis in form.produced for atom in atoms(axis) if atom in self.index))
             for index, atom in enumerate(made):
-                if atom is not None and not dims[self.index[atom]].name:
-                    dims[self.index[atom]].name = path if len(made) == 1 else f"{path}:{index}"
+                if not dims[self.index[atom]].name:
+                    whole = path or next(key for key, own in form.tensors.items() if any(atom in atoms(axis) for axis in own))
+                    dims[self.index[atom]].name = whole if len(made) == 1 or not path else f"{path}:{index}"
         for atom, index in self.index.items():
             if not dims[index].name:
                 name = next(n for n, axes in self.axes.tensors.items() if any(a is atom for axis in axes for a in atoms(axis)))

@@ -98,6 +98,7 @@ _KEEPING = frozenset(
 )
 _IMAGE_OPS = ("pool", "upsample", "reflection_pad", "replication_pad", "grid_sampler")
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "linear", "convolution")
+_NORMS = ("native_layer_norm", "_fused_rms_norm", "native_group_norm")
 _RANDOM = ("bernoulli", "normal", "uniform", "exponential", "random", "rand", "randn", "rand_like", "randn_like")
 
 Dirt = frozenset[Atom]
@@ -160,6 +161,8 @@ class _Follower:
         everything = self._elastic(axis for value in (*inputs, *node.outputs) for axis in value.axes or [])
         if not everything:
             return _CLEAN
+        if name in _NORMS and not own:
+            self._refuse_norm(node)
         if name in _PRODUCTS:
             found = self._product(node, name, own)
         elif name in ("_weight_norm_interface", "_weight_norm"):
@@ -202,6 +205,13 @@ class _Follower:
         left = self._elastic(node.outputs[0].axes or [])
         for atom in dirt - left:
             self._refuse(atom, node, "plain code sums over it what is not zero where units sleep")
+
+    def _refuse_norm(self, node: Node) -> None:
+        """Of the norms of ``torch.nn`` that stay as they are, since others read their tensors; the rest has been noted already."""
+        axis = self.axes.normalised.get(node.call.module)
+        if axis is not None and not (rules.op_name(node.op) == "native_group_norm" and rules.argument(node, 6, "group") > 1):
+            for atom in self._elastic([axis]):
+                self._refuse(atom, node, "a norm runs over it")
 
     def _refuse(self, atom: Atom, node: Node, why: str) -> None:
         restrict((atom,), f"{why} ({short(node.line)})")

@@ -72,6 +72,10 @@ class ElasticLayer(nn.Module):
         """The dims of the units that the layer makes."""
         return self._widths.axes[0].dims
 
+    def name_of(self, dim: ElasticDim) -> str:
+        """What to call a dim of a layer that is the whole model."""
+        return "" if len(self.produced) == 1 else f":{self.produced.index(dim)}"
+
     # Construction
 
     def _adopt(self, dense: nn.Module, dims: dict[str, Axis]) -> None:

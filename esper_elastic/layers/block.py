@@ -110,7 +110,7 @@ class Switchable(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("control", "slot")}
+        return {key: value for key, value in super().__getstate__().items() if key not in ("control", "slot")}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         state.wrap_module_methods()

@@ -99,6 +99,9 @@ class ElasticView(ElasticLayer):
                     found.update((id(dim), dim) for dim in axis.dims)
         return list(found.values())
 
+    def name_of(self, dim: ElasticDim) -> str:
+        return next(name for name, own in self._axes.items() if any(axis is not None and dim in axis.dims for axis in own))
+
     def bind_control(self) -> None:
         super().bind_control()
         self._masks: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
@@ -181,7 +184,7 @@ class ElasticView(ElasticLayer):
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_masks"}
+        return {key: value for key, value in super().__getstate__().items() if key != "_masks"}
 
     def fill_dormant(self, name: str, storage: Tensor) -> None:
         """Give ``storage`` finite values: of the law of its present ones for a matrix, their mean for a vector."""

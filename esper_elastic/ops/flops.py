@@ -126,19 +126,19 @@ def _linear_grad_weight(
     return _linear(input, control, slots, width, weight.shape[0])
 
 
-def _conv2d_shapes(
-    input: Tensor, weight: Tensor, output: Tensor, control: Tensor, slots: Tensor, grouped: bool, width: int | None
+def _active_shapes(
+    input: Tensor, weight: Tensor, output: Tensor, control: Tensor, slots: Tensor, transposed: bool, grouped: bool, static: bool
 ) -> tuple[list[int], list[int], list[int]] | None:
-    """The shapes of input, weight and output that are active; ``None`` where nothing is."""
-    rows, columns = _active(control, slots, (output.shape[1], input.shape[1]), width is None)
+    """The shapes of input, weight and output of a convolution that are active; ``None`` where nothing is."""
+    rows, columns = _active(control, slots, (output.shape[1], input.shape[1]), static)
     if rows == 0:
         return None
-    per_group = weight.shape[1] if grouped else columns
-    x = [input.shape[0], columns, *input.shape[2:]]
-    return x, [rows, per_group, *weight.shape[2:]], [output.shape[0], rows, *output.shape[2:]]
+    first, second = (columns, rows) if transposed else (rows, columns)
+    w = [first, weight.shape[1] if grouped else second, *weight.shape[2:]]
+    return [input.shape[0], columns, *input.shape[2:]], w, [output.shape[0], rows, *output.shape[2:]]
 
 
-def _conv2d_forward(
+def _convolution(
     input: Tensor,
     weight: Tensor,
     bias: Any,
@@ -147,40 +147,47 @@ def _conv2d_forward(
     stride: Any,
     padding: Any,
     dilation: Any,
+    transposed: bool,
+    output_padding: Any,
     grouped: bool,
-    width: int | None,
+    channels: Any,
+    compact: bool,
     dtype: Any = None,
     *,
     out_val: Tensor,
 ) -> int:
-    shapes = _conv2d_shapes(input, weight, out_val, control, slots, grouped, width)
+    shapes = _active_shapes(input, weight, out_val, control, slots, transposed, grouped, not compact)
     if shapes is None:
         return 0
     x, w, y = shapes
-    return int(_aten().conv_flop(x, w, None, stride, padding, dilation, False, out_val=y))
+    return int(_aten().conv_flop(x, w, None, stride, padding, dilation, transposed, out_val=y))
 
 
-def _conv2d_backward(
+def _convolution_backward(
     grad: Tensor,
     input: Tensor,
     weight: Tensor,
+    bias_size: Any,
     control: Tensor,
     slots: Tensor,
     stride: Any,
     padding: Any,
     dilation: Any,
+    transposed: bool,
+    output_padding: Any,
     grouped: bool,
-    width: int | None,
+    compact: bool,
     mask: Sequence[bool],
     *,
     out_val: Any,
 ) -> int:
-    shapes = _conv2d_shapes(input, weight, grad, control, slots, grouped, width)
+    shapes = _active_shapes(input, weight, grad, control, slots, transposed, grouped, not compact)
     if shapes is None:
         return 0
     x, w, y = shapes
-    at = None, stride, padding, dilation, False, [0, 0], x[1] // w[1], list(mask)
-    return int(_aten().conv_backward_flop(y, x, w, *at, out_val=(x, w, [w[0]])))
+    groups = x[1] // w[1] if grouped and not transposed else 1
+    at = None, stride, padding, dilation, transposed, [0, 0], groups, list(mask)
+    return int(_aten().conv_backward_flop(y, x, w, *at, out_val=(x, w, [y[1]])))
 
 
 # Those of Triton's ops, which are in static layout.
@@ -204,7 +211,8 @@ def _triton_conv2d(
     x: Tensor, weight: Tensor, bias: Any, control: Tensor, slots: Tensor, segments: Any, geometry: Sequence[int], *, out_val: Tensor
 ) -> int:
     stride, padding, dilation, grouped = _split(geometry)
-    return _conv2d_forward(x, weight, bias, control, slots, stride, padding, dilation, grouped, None, out_val=out_val)
+    at = stride, padding, dilation, False, (0, 0), grouped, None, False
+    return _convolution(x, weight, bias, control, slots, *at, out_val=out_val)
 
 
 def _triton_conv2d_grad_input(
@@ -218,8 +226,9 @@ def _triton_conv2d_grad_input(
     *,
     out_val: Tensor,
 ) -> int:
-    at = control, slots, *_split(geometry), None
-    return _conv2d_backward(grad, out_val, weight, *at, (True, False, False), out_val=None)
+    stride, padding, dilation, grouped = _split(geometry)
+    at = None, control, slots, stride, padding, dilation, False, (0, 0), grouped, False, (True, False, False)
+    return _convolution_backward(grad, out_val, weight, *at, out_val=None)
 
 
 def _triton_conv2d_grad_weight(
@@ -234,8 +243,9 @@ def _triton_conv2d_grad_weight(
     *,
     out_val: Any,
 ) -> int:
-    at = control, slots, *_split(geometry), None
-    return _conv2d_backward(grad, x, weight, *at, (False, True, True), out_val=None)
+    stride, padding, dilation, grouped = _split(geometry)
+    at = None, control, slots, stride, padding, dilation, False, (0, 0), grouped, False, (False, True, True)
+    return _convolution_backward(grad, x, weight, *at, out_val=None)
 
 
 def _split(geometry: Sequence[int]) -> tuple[Sequence[int], Sequence[int], Sequence[int], bool]:
@@ -247,8 +257,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "linear": _linear_forward,
     "linear_grad_input": _linear_grad_input,
     "linear_grad_weight": _linear_grad_weight,
-    "conv2d": _conv2d_forward,
-    "conv2d_backward": _conv2d_backward,
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
     "triton_linear": _triton_linear,
     "triton_linear_grad_input": _triton_linear_grad_input,
     "triton_linear_grad_weight": _triton_linear_grad_weight,
