@@ -6,6 +6,7 @@ combination and travels through pickle and deepcopy as the recipe that it was ma
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any, NamedTuple
 
@@ -41,6 +42,13 @@ class Converted:
     def __reduce_ex__(self, protocol: Any) -> Any:
         getstate = getattr(self, "__getstate__", None)
         return revive, (self.recipe,), getstate() if getstate is not None else self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """As pickle would copy it, and with its state even where torch refuses to pickle that, as of parametrized modules."""
+        made = memo[id(self)] = revive(self.recipe)
+        state = dict(self.__dict__) if "parametrizations" in self.__dict__["_modules"] else self.__reduce_ex__(4)[2]
+        made.__setstate__(copy.deepcopy(state, memo))
+        return made
 
 
 def revive(recipe: Recipe) -> nn.Module:

@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..layers import ElasticBlock, ElasticLayer, ElasticView, Switchable
@@ -15,6 +16,7 @@ from .elasticize import PLAN
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
+@torch.no_grad()
 def export(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in which nothing elastic is left: ordinary modules that hold the active weights alone.
 

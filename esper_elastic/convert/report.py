@@ -35,8 +35,7 @@ def report(plan: Plan) -> str:
 
 def _details(bindings: list[str], compact_only: str | None, mixed: str | None, note: str | None) -> list[str]:
     found = [f"runs through {_some(bindings, len(bindings))}"]
-    if compact_only is not None:
-        found.append(f"compact layout only: {compact_only}")
+    found.append("compact and static layout" if compact_only is None else f"compact layout only: {compact_only}")
     if mixed is not None:
         found.append(f"grows with exact=False only: {mixed}")
     if note is not None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,7 +219,16 @@ def run(
             recorder.run.tensors[named[key]] = recorder.note(stand_in, Value(stand_in, named[key]))
         args, kwargs = tree_map(lambda x: _fake_input(x, recorder), (example.args, example.kwargs))
     functions = _Functions(recorder)
-    with _swapped(model, stand_ins), _set(attributes or {}), recorder.watching(), torch.set_grad_enabled(grad), fake, recorder, functions:
+    with (
+        _quiet(),
+        _swapped(model, stand_ins),
+        _set(attributes or {}),
+        recorder.watching(),
+        torch.set_grad_enabled(grad),
+        fake,
+        recorder,
+        functions,
+    ):
         try:
             result = model(*args, **kwargs)
         except Stop:
@@ -235,6 +246,20 @@ def _fake_input(x: Any, recorder: _Recorder) -> Any:
         made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     recorder.run.inputs.append(recorder.note(made, Value(made)))
     return made.requires_grad_(x.requires_grad)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to ourselves what torch says of ops that fail at widths which are being tried."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was = logger.disabled
+    logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = was
 
 
 @contextlib.contextmanager

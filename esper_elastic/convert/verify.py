@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from . import rules
 from .axes import Axes, short
 from .sizes import known_sizes
-from .structure import Atom, Structure, atoms, mark, measure, resolve, restrict, size, stiffen, undo, unify
+from .structure import Atom, Structure, atoms, mark, measure, mix, resolve, restrict, size, stiffen, undo, unify
 from .trace import Call, Example, Failure, Node, Run, Stop, Value, in_mode, line_of, run
 
 #: A size that a module keeps: ``(module, attribute, index)``, the index of a tuple's element or ``None``.
@@ -377,7 +377,9 @@ class _Comparison:
         call = self.first.calls[event.call.order] if 0 <= event.call.order < len(self.first.calls) else event.call
         for value in (*_values(known), *call.inputs):
             for axis in value.axes or []:
-                restrict(axis, f"code computes a number from sizes ({short(known.line)})")
+                why = f"code computes a number from sizes ({short(known.line)})"
+                restrict(axis, why)
+                mix(axis, why)
 
     def _end(self, event: Node | Failure, known: Node | None, index: int, arguments: Any, what: str) -> None:
         then = [] if known is None else list(_literals((known.args, known.kwargs)))
