@@ -370,7 +370,8 @@ def _structure_of(model: nn.Module, optimizer: Optimizer | None) -> Callable[[],
     modules = [(module, type(module), dict(vars(module)), [dict(getattr(module, name)) for name in _HOLDERS]) for module in model.modules()]
     tensors = [(t, t.data, t.grad) for t in (*model.parameters(), *model.buffers())]
     groups = [] if optimizer is None else [(group, dict(group), list(group["params"])) for group in optimizer.param_groups]
-    state = {} if optimizer is None else dict(optimizer.state)
+    state = {} if optimizer is None else {parameter: dict(entry) for parameter, entry in optimizer.state.items()}
+    stepper: Any = type(optimizer)
 
     def restore() -> None:
         for module, kind, attributes, held in modules:
@@ -390,6 +391,7 @@ def _structure_of(model: nn.Module, optimizer: Optimizer | None) -> Callable[[],
         if optimizer is not None:
             optimizer.state.clear()
             optimizer.state.update(state)
+            optimizer.__class__ = stepper
 
     return restore
 
