@@ -313,7 +313,9 @@ fill(0)
 ee.save(path, model)
 random.seed(0)
 seen = set()
-for round in range(60):
+for round in range(1000):
+    if round >= 60 and len(seen) > 10:  # a busy machine may kill many before they have saved
+        break
     child = os.fork()
     if child == 0:
         for number in range(round * 1000 + 1, round * 1000 + 1000):

@@ -33,21 +33,6 @@ from esper_elastic.control import Axis
 from esper_elastic.convert.elasticize import plan_of
 from esper_elastic.layers import ElasticBlock
 
-NAMES = "the model counts fixed axes in the names of dims, the plan does not"
-FAST_PATH = "in eval without autograd, torch's fast path reads the storage of its children's parameters"
-#: What fails, and why.
-FAILING = {
-    ("test_the_plan_says_what_is_made", case): NAMES
-    for case in (
-        *("vit", "vit_fused", "vit_multihead", "vit_encoder_layer", "lstm", "graph_attention", "encoder", "gpt2", "gpt2_eager"),
-        *("llama", "llama_eager", "bert", "clip"),
-    )
-} | {
-    ("test_each_dim_equals_the_original_with_consumers_that_do_not_look", "vit_encoder_layer"): FAST_PATH,
-    ("test_waking_restores_the_function_bit_for_bit", "vit_encoder_layer"): FAST_PATH,
-    ("test_a_copy_is_the_same_and_independent", "vit_encoder_layer"): FAST_PATH,
-    ("test_a_pickled_model_is_the_same", "lstm"): "a view does not ask nn.LSTM what to leave out of a pickle",
-}
 #: Modules through which a unit passes alone, from what produces it to the weights that look at it.
 SEPARATE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Embedding, nn.PReLU)
 #: Without a dim all of whose places are such modules.
@@ -85,14 +70,6 @@ def converted(request: pytest.FixtureRequest) -> Converted:
     plan = plan_of(model)
     assert plan is not None
     return Converted(case, inputs, plain, model, plan)
-
-
-@pytest.fixture(autouse=True)
-def known_failures(request: pytest.FixtureRequest) -> None:
-    parameters = getattr(request.node, "callspec", None)
-    key = (request.node.originalname, parameters.params.get("converted") if parameters else None)
-    if key in FAILING:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=FAILING[key]))
 
 
 def assert_bits(one: list[Tensor], other: list[Tensor]) -> None:

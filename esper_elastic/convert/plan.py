@@ -203,6 +203,10 @@ def _runs(model: nn.Module, example: Example, axes: Axes) -> dict[Mode, Run]:
             continue  # layers dropped at random, in training alone
         axes.read(runs[mode])
     for path, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            for key in module._parameters:
+                for axis in axes.tensors.get(f"{path}.{key}".lstrip("."), ()):
+                    stiffen(axis, "a recurrent layer keeps its weights packed")
         for kind, names in _FUSED_READERS.items():
             if isinstance(module, kind):
                 for key in (f"{path}.{name}.{tensor}".lstrip(".") for name in names for tensor in ("weight", "bias")):
