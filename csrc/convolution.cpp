@@ -5,8 +5,8 @@
 // With `grouped`, the weight has one width per group on its second axis, and the groups are what is elastic: as many are active as the
 // channels on the other side of that width say.
 //
-// The convolutions are ATen's. They want dense operands, so the active slice of the weight is copied below capacity, and in static layout
-// the active channels of the activations are. `channels` are those of the output.
+// The convolutions are ATen's. They want dense operands, so the active slice of the weight is copied below capacity (once for a forward and
+// its backward), and in static layout the active channels of the activations are. `channels` are those of the output.
 #include "gradient.h"
 #include "widths.h"
 
@@ -90,6 +90,36 @@ Tensor place(const Tensor& part, const Runs& runs, int64_t channels, at::MemoryF
   return whole;
 }
 
+// The dense copy of a weight's active slice, from a forward to its backward. The ops say nothing of it: to them it is the slice as it was in
+// forward. While one lives, the kernel of that weight on its thread fills it or, once it is filled, reads it.
+class DenseSlice {
+ public:
+  explicit DenseSlice(const Tensor& weight, Tensor filled = {})
+      : tensor(std::move(filled)), weight_(weight.unsafeGetTensorImpl()), outer_(current) {
+    current = this;
+  }
+  ~DenseSlice() { current = outer_; }
+  DenseSlice(const DenseSlice&) = delete;
+  DenseSlice& operator=(const DenseSlice&) = delete;
+
+  static Tensor of(const Tensor& weight, const Placement& placement, at::ScalarType dtype, at::MemoryFormat format) {
+    DenseSlice* const asked = current != nullptr && current->weight_ == weight.unsafeGetTensorImpl() ? current : nullptr;
+    if (asked != nullptr && asked->tensor.defined()) return asked->tensor;
+    const Tensor operand = placement.operand(weight, dtype).contiguous(format);
+    if (asked != nullptr && !operand.is_alias_of(weight)) asked->tensor = operand;
+    return operand;
+  }
+
+  Tensor tensor;
+
+ private:
+  const c10::TensorImpl* weight_;
+  DenseSlice* outer_;
+  static thread_local DenseSlice* current;
+};
+
+thread_local DenseSlice* DenseSlice::current = nullptr;
+
 Tensor convolution_native(
     const Tensor& input, const Tensor& weight, const optional<Tensor>& bias, const Tensor& control, const Tensor& slots,
     IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef output_padding, bool grouped,
@@ -106,7 +136,7 @@ Tensor convolution_native(
   const Tensor x = slice(input, 1, plan.in);
   const auto b = bias ? optional<Tensor>(slice(*bias, 0, plan.rows).to(type)) : std::nullopt;
   const Placement placement(weight, plan, g);
-  const Tensor w = placement.operand(weight, type);
+  const Tensor w = DenseSlice::of(weight, placement, type, format);
   return place(
       at::convolution(x, w, b, stride, padding, dilation, transposed, output_padding, placement.groups), plan.out, channels, format);
 }
@@ -126,12 +156,11 @@ Tensor scatter_weight(const Tensor& part, const Tensor& weight, const Placement&
 }
 
 Gradients gradients_of_active(
-    const Tensor& grad, const Tensor& input, const Tensor& weight, const Plan& plan, const Placement& placement, const Geometry& g,
+    const Tensor& grad, const Tensor& input, const Tensor& operand, int64_t groups, const Plan& plan, const Geometry& g,
     std::array<bool, 3> mask) {
-  const int64_t bias_size = total(plan.rows);
   return at::convolution_backward(
-      slice(grad, 1, plan.out), slice(input, 1, plan.in), placement.operand(weight, grad.scalar_type()), IntArrayRef(bias_size), g.stride,
-      g.padding, g.dilation, g.transposed, g.output_padding, placement.groups, mask);
+      slice(grad, 1, plan.out), slice(input, 1, plan.in), operand, IntArrayRef(total(plan.rows)), g.stride, g.padding, g.dilation,
+      g.transposed, g.output_padding, groups, mask);
 }
 
 // What `mask` does not ask for comes back with no elements.
@@ -144,7 +173,10 @@ Gradients convolution_backward_native(
   const Placement placement(weight, plan, g);
   const auto format = format_of(input, weight, g);
   Tensor gx, gw, gb;
-  if (!plan.rows.empty()) std::tie(gx, gw, gb) = gradients_of_active(grad, input, weight, plan, placement, g, mask);
+  if (!plan.rows.empty()) {
+    const Tensor operand = DenseSlice::of(weight, placement, grad.scalar_type(), format);
+    std::tie(gx, gw, gb) = gradients_of_active(grad, input, operand, placement.groups, plan, g, mask);
+  }
   if (!mask[0]) {
     gx = at::empty({0}, input.options());
   } else if (gx.defined()) {
@@ -172,7 +204,8 @@ Gradients differentiable_backward(
   const Plan plan(control, slots, compact);
   if (plan.rows.empty()) return {at::zeros_like(input), at::zeros_like(weight), at::zeros({bias_size}, weight.options())};
   const Placement placement(weight, plan, g);
-  auto [gx, gw, gb] = gradients_of_active(grad, input, weight, plan, placement, g, mask);
+  const Tensor operand = placement.operand(weight, grad.scalar_type());
+  auto [gx, gw, gb] = gradients_of_active(grad, input, operand, placement.groups, plan, g, mask);
   if (mask[0]) gx = embed(gx, 1, plan.in, input.size(1));
   if (mask[1]) {
     gw = embed(gw.to(weight.scalar_type()), 1, placement.second, weight.size(1));
@@ -196,14 +229,16 @@ struct Convolution : torch::autograd::Function<Convolution> {
       torch::autograd::AutogradContext* ctx, const Tensor& input, const Tensor& weight, const optional<Tensor>& bias,
       const Tensor& control, const Tensor& slots, const Geometry& g, const SymInt& channels, bool compact,
       optional<at::ScalarType> dtype) {
-    ctx->save_for_backward({input, weight, slots});
     ctx->saved_data["control"] = control;
     ctx->saved_data["version"] = static_cast<int64_t>(control._version());
     ctx->saved_data["geometry"] = g.saved();
     ctx->saved_data["compact"] = compact;
     ctx->saved_data["bias_size"] = bias ? bias->sym_size(0) : SymInt(0);
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return call_convolution(input, weight, bias, control, slots, g, channels, compact, dtype);
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const DenseSlice dense(weight);
+    const Tensor output = call_convolution(input, weight, bias, control, slots, g, channels, compact, dtype);
+    ctx->save_for_backward({input, weight, slots, dense.tensor});
+    return output;
   }
 
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& grads) {
@@ -227,6 +262,7 @@ struct Convolution : torch::autograd::Function<Convolution> {
     } else {
       const at::AutoDispatchBelowADInplaceOrView guard;
       const KeepGradients keep;
+      const DenseSlice dense(weight, saved[3]);
       static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("esper_elastic::convolution_backward", "").typed<Backward>();
       gradients = op.call(
           grad, input, weight, bias_size, control, slots, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.grouped,

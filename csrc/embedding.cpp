@@ -37,11 +37,30 @@ Tensor gradient_of_part(
   return at::embedding_dense_backward(slice(grad, -1, plan.out), indices, total(plan.columns), padding_idx, scale_grad_by_freq);
 }
 
+// The gradient in memory that is zero already: ATen's would clear the whole table for each batch. The rows are those of one run from zero.
+Tensor sum_of_lookups(const Tensor& grad, const Tensor& weight, const Tensor& indices, const Plan& plan, int64_t padding_idx) {
+  Tensor rows = indices.reshape({-1}).to(at::kLong);
+  Tensor gy = slice(grad, -1, plan.out).reshape({rows.size(0), total(plan.out)});
+  if (padding_idx >= 0) {
+    const Tensor counted = rows.ne(padding_idx).nonzero().view({-1});
+    rows = rows.index_select(0, counted);
+    gy = gy.index_select(0, counted);
+  }
+  const Tensor whole = zeros_for_lookups(weight, plan.columns, plan.rows, rows);
+  int64_t offset = 0;
+  for (const Run& run : plan.rows) {
+    whole.narrow(1, run.start, run.length).index_add_(0, rows, gy.narrow(1, offset, run.length));
+    offset += run.length;
+  }
+  return whole;
+}
+
 Tensor embedding_backward_native(
     const Tensor& grad, const Tensor& weight, const Tensor& indices, const Tensor& control, const Tensor& slots, int64_t padding_idx,
     bool scale_grad_by_freq, bool compact) {
   const Plan plan(control, slots, compact);
   if (plan.rows.empty()) return at::zeros_like(weight);
+  if (weight.is_cpu() && !scale_grad_by_freq) return sum_of_lookups(grad, weight, indices, plan, padding_idx);
   const Tensor part = gradient_of_part(grad, indices, plan, padding_idx, scale_grad_by_freq);
   if (part.sizes() == weight.sizes()) return part;
   Tensor whole = zeros_for_gradient(weight, plan.columns, plan.rows);
