@@ -67,8 +67,8 @@ def fingerprint(model: nn.Module) -> list[Any]:
                 found += [tensor.data_ptr(), tensor.shape, tensor._version, tensor.requires_grad, content(tensor)]
                 grad = tensor.grad if tensor.is_leaf else None
                 found += [None] if grad is None else [id(grad), content(grad)]
-    torch_hooks = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
-    return [*found, *[len(hooks) for hooks in torch_hooks]]
+    kept = vars(torch.nn.modules.module)
+    return [*found, *[list(hooks) for name, hooks in kept.items() if name.startswith("_global_") and isinstance(hooks, dict)]]
 
 
 def content(tensor: Tensor) -> bytes:

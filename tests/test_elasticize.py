@@ -151,7 +151,15 @@ def test_excluded_modules_stay_what_they_were():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        pytest.param({"exclude": "layer9"}, r"exclude: 'layer9' fits no module of Net", id="exclude"),
+        pytest.param({"exclude": "layer9"}, r"exclude: 'layer9' fits no module of Net\. The nearest: 'layer1'", id="exclude"),
+        pytest.param({"exclude": "?"}, r"exclude: '\?' fits no module of Net\. There are 'stem', 'norm', .* more\.", id="nothing near"),
+        pytest.param(
+            {"include": "layer1.0.conv2", "exclude": "norm"}, r"include: .* The units of 'layer1\.0\.conv2' stay: 'norm'", id="rigid"
+        ),
+        pytest.param(
+            {"include": "head"}, r"include: 'head' .* The units of 'head' stay: it is an axis of the model's output\. ", id="output"
+        ),
+        pytest.param({"include": 3}, r"include: expected names or patterns of modules, got 3 of type int", id="no names"),
         pytest.param({"include": ["stem", "layer9.*"]}, r"include: 'layer9\.\*' fits no module of Net that produces a dim", id="include"),
         pytest.param({"include": "norm.nothing"}, r"include: 'norm.nothing' fits no module", id="below a module"),
         pytest.param({"exclude": [3]}, r"exclude: expected names or patterns, got 3 of type int", id="number"),
@@ -196,3 +204,91 @@ def test_decisions_by_values_are_refused_with_module_and_line(verb):
         verb(model, x)
     assert isinstance(e.value, ValueError)
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("minimum", [0, -3, 2.5, "a", None, True])
+def test_a_minimum_that_is_none_is_refused(minimum):
+    model = net()
+    before = fingerprint(model)
+    with pytest.raises(ConversionError, match=rf"minimum: expected an integer of at least 1, got {minimum!r}"):
+        ee.elasticize(model, pictures(), minimum=minimum)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("wrap", "match"),
+    [
+        pytest.param(
+            nn.DataParallel, r"the model, of type DataParallel, wraps a model: convert the one inside \(its \.module\)", id="parallel"
+        ),
+        pytest.param(torch.compile, r"of type OptimizedModule, wraps a model: .* \(its \._orig_mod\), then wrap", id="compiled"),
+        pytest.param(lambda m: nn.Sequential(nn.DataParallel(m)), r"'0' \(DataParallel\) wraps a model", id="inside"),
+        pytest.param(lambda m: nn.Sequential(m, nn.LazyLinear(3)), r"'1' \(LazyLinear\) has no sizes yet. Run the model once", id="lazy"),
+        pytest.param(lambda m: type(m), r"model: expected an nn\.Module, got the class Net", id="class"),
+        pytest.param(lambda m: m.state_dict(), r"model: expected an nn\.Module, got OrderedDict", id="state_dict"),
+    ],
+)
+@pytest.mark.parametrize("verb", [ee.plan, ee.elasticize])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_wrapped_and_unfinished_models_are_refused(verb, wrap, match):
+    inner = net()
+    model = wrap(inner)
+    before = fingerprint(inner)
+    with pytest.raises(ConversionError, match=match):
+        verb(model, pictures())
+    assert fingerprint(inner) == before
+
+
+@pytest.mark.parametrize("model", [nn.Linear(6, 4), nn.Sequential(nn.ReLU())], ids=["alone", "without parameters"])
+def test_a_model_on_which_nothing_can_change_says_so(model):
+    inputs = torch.randn(3, 6, generator=torch.Generator())
+    with pytest.warns(UserWarning, match=r"has no dim that can change: (it is an axis of the model's output; |it has no parameters)"):
+        ee.elasticize(model, inputs)
+    assert dict(ee.dims(model)) == {}
+    assert type(ee.export(model)) is type(model)
+
+
+# Circumstances
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_any_dtype(dtype):
+    model, twin = net(dtype).eval(), net(dtype).eval()
+    ee.elasticize(model, pictures(dtype), capacity=2.0)
+    assert all(p.dtype == dtype for p in model.parameters())
+    with torch.no_grad():
+        expected = twin(pictures(dtype))
+        assert (poison(model)(pictures(dtype)) - expected).abs().max() <= 2 * torch.finfo(dtype).eps * expected.abs().max()
+    ee.dims(model)["stem"].resize(5)
+    assert model(pictures(dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_conversion_within_a_context_without_autograd(context):
+    model, twin = net(), net()
+    with context():
+        assert [dim.name for dim in ee.plan(model, pictures()).dims] == list(DIMS)
+        ee.elasticize(model, pictures(), capacity=2.0)
+    assert not any(p.is_inference() for p in model.parameters())
+    assert_same(active_outcome(model, run(model, CASE, pictures(), True)), run(twin, CASE, pictures(), True))
+
+
+def test_a_model_in_eval_mode_stays_in_it_and_trains_with_dropout():
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4)).eval()
+    x = torch.randn(3, 6, generator=torch.Generator())
+    ee.elasticize(model, x)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(model(x), model(x))
+    model.train()
+    ee.dims(model)["0"].resize(9)
+    assert not torch.equal(model(x), model(x))
+
+
+def test_a_model_that_compiles_itself():
+    """``Module.compile`` leaves the module what it is; it is recorded as its code says."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    model.compile(backend="eager")
+    compiled = model._compiled_call_impl
+    ee.elasticize(model, torch.randn(3, 6, generator=torch.Generator()))
+    assert model._compiled_call_impl is compiled
+    assert list(ee.dims(model)) == ["0"]

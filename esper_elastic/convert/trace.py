@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn.modules import module as module_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -349,6 +350,7 @@ class _Recorder(TorchDispatchMode):
         finally:
             before.remove()
             after.remove()
+            module_hooks._global_forward_hooks_with_kwargs.pop(after.id, None)  # torch 2.13 leaves this entry behind
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         path = self.paths.get(id(module), f"{self.call.path}.<{type(module).__name__}>")
