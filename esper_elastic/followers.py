@@ -53,6 +53,7 @@ class _Watch:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.num_groups = len(optimizer.param_groups)
+        self.revision = registry.revision()
         self.dims: dict[int, ElasticDim] = {}
         self.switches: dict[int, Switch] = {}
         for group in optimizer.param_groups:
@@ -94,8 +95,10 @@ def _watch(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if optimizer in _followers:
         return
     watch = _strangers.get(optimizer)
-    if watch is None or watch.num_groups != len(optimizer.param_groups):
-        watch = _strangers[optimizer] = _Watch(optimizer)
+    if watch is None or watch.num_groups != len(optimizer.param_groups) or watch.revision != registry.revision():
+        warned = watch is not None and watch.warned
+        watch = _strangers[optimizer] = _Watch(optimizer)  # parameters become elastic while it holds them
+        watch.warned = warned
     if not watch.warned and watch.sees_dormant():
         watch.warned = True
         warnings.warn(

@@ -6,6 +6,7 @@ parameters that they are, and optimizer state grows with them.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import layers, optim
+from .. import followers, layers, optim
 from ..control import Axis, DerivedAxis, ElasticDim, Segment
-from ..errors import ConversionError
+from ..errors import ConversionError, OptimizerError
 from ..layers import ElasticLayer, ElasticView
 from ..layers.base import at_capacity, write_active
 from ..layers.view import Size
+from ..optim.guard import widen_state
 from .dynamic import Recipe, make_class
 from .plan import Plan, PlannedModule, Stretches, make_plan
+from .restore import or_nothing
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
@@ -48,7 +51,8 @@ def plan(
     Raises:
         ConversionError: as :func:`elasticize`.
     """
-    return make_plan(model, example_inputs, capacity=capacity, minimum=minimum, include=include, exclude=exclude)
+    with torch.inference_mode(False):
+        return make_plan(model, example_inputs, capacity=capacity, minimum=minimum, include=include, exclude=exclude)
 
 
 def elasticize(
@@ -85,8 +89,12 @@ def elasticize(
             has changed.
         OptimizerError: the optimizer cannot be served; nothing has changed.
     """
-    made = make_plan(model, example_inputs, capacity=capacity, minimum=minimum, include=include, exclude=exclude)
-    apply_plan(made, model, optimizer)
+    made = plan(model, example_inputs, capacity=capacity, minimum=minimum, include=include, exclude=exclude)
+    with torch.inference_mode(False):
+        apply_plan(made, model, optimizer)
+    if not made.dims and exclude is None:
+        reasons = "; ".join(dict.fromkeys(axis.reason for axis in made.rigid)) or "it has no parameters"
+        warnings.warn(f"elasticize: {type(model).__name__} has no dim that can change: {reasons}. See ee.plan.", stacklevel=2)
     _examples[model] = example_inputs
     return model
 
@@ -125,8 +133,8 @@ def apply_plan(plan: Plan, model: nn.Module, optimizer: Optimizer | None = None)
                 f"plan: module {planned.path!r} is missing from {type(model).__name__}. Was the plan made for another model?"
             )
         changes.append(build.change(module, planned))
-    if optimizer is not None:
-        _check_optimizer(optimizer)
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise ConversionError(f"elasticize: optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     storages: dict[int, tuple[Tensor, Tensor, tuple[Axis | None, ...]]] = {}
     for change in changes:
         for name, axes in change.axes.items():
@@ -135,21 +143,38 @@ def apply_plan(plan: Plan, model: nn.Module, optimizer: Optimizer | None = None)
                 grown = build.grown(change, name, tensor, axes)
                 if grown is not None:
                     storages[id(tensor)] = (tensor, grown, axes)
-    for tensor, grown, axes in storages.values():
-        _replace_storage(tensor, grown, axes, optimizer)
-    for change in changes:
-        build.carry_out(change)
-    for change in reversed(changes):  # inner blocks first
-        if change.planned.switch is not None:
-            change.module.install_switch(change.planned.switch)
-    model.__dict__[PLAN] = plan.to_json()
-    if optimizer is not None:
-        optim.guard(optimizer, model)
+    optimizers = _that_hold([tensor for tensor, _, _ in storages.values()], optimizer)
+    with or_nothing(model, optimizers):
+        for tensor, grown, axes in storages.values():
+            _replace_storage(tensor, grown, axes, optimizers)
+        for change in changes:
+            build.carry_out(change)
+        for change in reversed(changes):  # inner blocks first
+            if change.planned.switch is not None:
+                change.module.install_switch(change.planned.switch)
+        model.__dict__[PLAN] = plan.to_json()
+        if optimizer is not None:
+            optim.guard(optimizer, model)
 
 
-def _check_optimizer(optimizer: Any) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise ConversionError(f"elasticize: optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+def _that_hold(tensors: list[Tensor], given: Optimizer | None) -> list[Optimizer]:
+    """The optimizer given and those that follow elastic parameters by themselves: their state grows with the tensors.
+
+    Raises:
+        OptimizerError: another one holds state, which would not fit any more.
+    """
+    found: list[Any] = [] if given is None else [given]
+    for tensor in tensors:
+        stranger = followers.unguarded_with_state(tensor)
+        if stranger is not None and stranger is not given:
+            raise OptimizerError(
+                f"elasticize: {type(stranger).__name__} holds state for a parameter of shape {tuple(tensor.shape)}, which is to have room "
+                "to grow: its state would not fit any more. Pass it as optimizer=, or clear it (optimizer.state.clear()) if it is done."
+            )
+        for follower in followers.followers_of(tensor):
+            if not any(follower is known for known in found):
+                found.append(follower)
+    return found
 
 
 def _dim(planned: Any) -> ElasticDim:
@@ -275,21 +300,19 @@ def _fixed(size: int) -> ElasticDim:
     return dim
 
 
-def _replace_storage(tensor: Tensor, storage: Tensor, axes: tuple[Axis | None, ...], optimizer: Optimizer | None) -> None:
+def _replace_storage(tensor: Tensor, storage: Tensor, axes: tuple[Axis | None, ...], optimizers: list[Optimizer]) -> None:
     """Let a parameter or buffer be as large as its capacity, gradient and optimizer state along with it."""
 
-    def widened(old: Tensor) -> Tensor:
-        made = at_capacity(old, axes)
-        write_active(made, axes, old)
-        return made
+    def write(made: Tensor, old: Tensor) -> None:
+        own = tuple(axis if made.shape[index] == tensor.shape[index] else None for index, axis in enumerate(axes))
+        write_active(made, own, old)
 
     with torch.no_grad():
-        grad, shape = tensor.grad, tensor.shape
+        grad, shape = tensor.grad, tuple(tensor.shape)
         tensor.grad = None
         tensor.data = storage
         if grad is not None:
-            tensor.grad = widened(grad)
-        state: dict[str, Any] = {} if optimizer is None else optimizer.state.get(tensor, {})
-        for key, value in list(state.items()):
-            if isinstance(value, Tensor) and value.shape == shape and value.dim():
-                state[key] = widened(value)
+            tensor.grad = at_capacity(grad, axes)
+            write(tensor.grad, grad)
+        for optimizer in optimizers:
+            widen_state(optimizer, tensor, shape, write)

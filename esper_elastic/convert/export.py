@@ -48,6 +48,10 @@ def export(model: nn.Module) -> nn.Module:
     plain = copy.deepcopy(model, memo)
     for each in plain.modules():
         each.__dict__.pop(PLAN, None)
+    for each in model.modules():
+        if isinstance(each, torch.jit.ScriptModule) and id(each) in memo:  # a copy of one forgets it
+            for own, copied in zip(each.parameters(), memo[id(each)].parameters(), strict=True):
+                copied.requires_grad_(own.requires_grad)
     return plain
 
 

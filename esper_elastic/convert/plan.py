@@ -7,7 +7,6 @@ carried out by :mod:`elasticize`, on the model or on another of the same structu
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConversionError
+from .arguments import check_capacity, check_minimum, check_model, matches, nearest, patterns
 from .axes import Axes
 from .forms import Form, form_of
 from .statics import check_static
@@ -165,17 +165,19 @@ def make_plan(
     exclude: str | Iterable[str] | None = None,
 ) -> Plan:
     """Find out what in a model can be elastic. See :func:`esper_elastic.plan`."""
-    _refuse_elastic(model)
+    check_model(model)
+    check_minimum(minimum)
+    check_capacity(capacity)
+    wanted, unwanted = patterns("include", include), patterns("exclude", exclude)
     example = Example(example_inputs)
     axes = Axes()
     for name, _, _, tensor in owned_tensors(model):
         axes.names.setdefault(id(tensor), name)
     try:
         runs = _runs(model, example, axes)
-        _fix_excluded(model, axes, _patterns("exclude", exclude))
+        _fix_excluded(model, axes, unwanted)
         verification = Verification(model, example, axes, runs)
         verification.settle()
-        wanted = _patterns("include", include)
         if wanted:
             _fix_others(model, axes, wanted)
         return _Planner(model, axes, verification, runs, capacity, minimum).plan()
@@ -214,71 +216,47 @@ def _runs(model: nn.Module, example: Example, axes: Axes) -> dict[Mode, Run]:
     return runs
 
 
-def _refuse_elastic(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"elasticize: model: expected an nn.Module, got {type(model).__name__}.")
-    if isinstance(model, torch_script()):
-        raise ConversionError("elasticize: the model is scripted: its code cannot be followed. Convert it before torch.jit.script.")
-    for path, module in model.named_modules():
-        if hasattr(type(module), "speaks_of_widths"):
-            raise ConversionError(
-                f"elasticize: {path or type(module).__name__!r} is elastic already ({type(module).__name__}). Convert a model once; "
-                "ee.export(model) gives a plain one."
-            )
-
-
-def torch_script() -> type:
-    """The class of scripted modules."""
-    import torch
-
-    return torch.jit.ScriptModule
-
-
-def _patterns(what: str, given: str | Iterable[str] | None) -> list[str]:
-    if given is None:
-        return []
-    names = [given] if isinstance(given, str) else list(given)
-    for name in names:
-        if not isinstance(name, str):
-            raise ConversionError(f"elasticize: {what}: expected names or patterns, got {name!r} of type {type(name).__name__}.")
-    return names
-
-
-def matches(path: str, patterns: Iterable[str]) -> bool:
-    """Whether a module's path, or that of a module around it, is one of the names or fits one of the patterns."""
-    parts = path.split(".")
-    around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(fnmatch.fnmatchcase(name, pattern) for name in around for pattern in patterns)
-
-
-def _fix_excluded(model: nn.Module, axes: Axes, patterns: list[str]) -> None:
+def _fix_excluded(model: nn.Module, axes: Axes, unwanted: list[str]) -> None:
     used: set[str] = set()
     for path, module in model.named_modules():
-        hits = [pattern for pattern in patterns if matches(path, [pattern])]
+        hits = [pattern for pattern in unwanted if matches(path, [pattern])]
         used.update(hits)
         if hits:
             prefix = path + "." if path else ""
             own = [axis for key in (*module._parameters, *module._buffers) for axis in axes.tensors.get(prefix + key, ())]
             for axis in (*own, *([axes.normalised[module]] if module in axes.normalised else ())):
                 stiffen(axis, f"{hits[0]!r} is excluded")
-    unknown = [pattern for pattern in patterns if pattern not in used]
+    unknown = [pattern for pattern in unwanted if pattern not in used]
     if unknown:
-        raise ConversionError(f"elasticize: exclude: {unknown[0]!r} fits no module of {type(model).__name__}.")
+        near = nearest(unknown[0], [path for path, _ in model.named_modules()])
+        raise ConversionError(f"elasticize: exclude: {unknown[0]!r} fits no module of {type(model).__name__}. {near}")
 
 
-def _fix_others(model: nn.Module, axes: Axes, patterns: list[str]) -> None:
+def _fix_others(model: nn.Module, axes: Axes, wanted: list[str]) -> None:
     """Keep elastic only the dims that a module which fits produces."""
     kept: set[Atom] = set()
     used: set[str] = set()
     chosen = axes.choose()
+    producing: dict[str, None] = {}
+    rigid: dict[str, str] = {}
     for name, index in axes.produced:
-        hits = [pattern for pattern in patterns if matches(name.rpartition(".")[0], [pattern])]
-        used.update(hits)
-        if hits:
-            kept.update(atoms(axes.tensors[name][index]))
-    unknown = [pattern for pattern in patterns if pattern not in used]
+        path = name.rpartition(".")[0]
+        hits = [pattern for pattern in wanted if matches(path, [pattern])]
+        units = tuple(atoms(axes.tensors[name][index]))
+        if any(atom in chosen for atom in units):
+            used.update(hits)
+            kept.update(units if hits else ())
+            producing[path] = None
+        else:
+            why = next((why for atom in units if (why := axes.why_fixed(atom))), "nothing changes them")
+            rigid.update((pattern, f"The units of {path!r} stay: {why}. ") for pattern in hits if pattern not in rigid)
+    unknown = [pattern for pattern in wanted if pattern not in used]
     if unknown:
-        raise ConversionError(f"elasticize: include: {unknown[0]!r} fits no module of {type(model).__name__} that produces a dim.")
+        why = rigid.get(unknown[0], "")
+        raise ConversionError(
+            f"elasticize: include: {unknown[0]!r} fits no module of {type(model).__name__} that produces a dim. "
+            f"{why}{nearest(unknown[0], producing)}"
+        )
     for atom in chosen:
         if atom not in kept:
             stiffen((atom,), "it is not included")
@@ -389,7 +367,10 @@ class _Planner:
         if isinstance(self.capacity, Mapping):
             unknown = [name for name in self.capacity if name not in names]
             if unknown:
-                raise ConversionError(f"elasticize: capacity: {unknown[0]!r} names no dim. The dims: {', '.join(sorted(names)[:8])}.")
+                raise ConversionError(
+                    f"elasticize: capacity: {unknown[0]!r} names no dim. A dim is named after the module that produces it. "
+                    f"{nearest(unknown[0], [dim.name for dim in dims])}"
+                )
         grown = {atom: n // self.scale[atom] for atom, n in wanted.items() if n > atom.size * self.scale[atom]}
         refused = self.verification.check_growth(grown)
         for atom, index in self.index.items():
@@ -400,10 +381,6 @@ class _Planner:
 
     def _capacity(self, dim: PlannedDim) -> int:
         given: Any = self.capacity.get(dim.name, 1.0) if isinstance(self.capacity, Mapping) else self.capacity
-        if isinstance(given, bool) or not isinstance(given, int | float) or not given >= 1 or math.isinf(given):
-            raise ConversionError(
-                f"elasticize: capacity: {dim.name!r}: expected a factor of at least 1 or a number of units, got {given!r}."
-            )
         absolute = isinstance(self.capacity, Mapping) and isinstance(given, int) and given >= dim.size
         units = given if absolute else math.ceil(dim.size * given)
         return -(-int(units) // dim.multiple_of) * dim.multiple_of

@@ -2,7 +2,7 @@
 
 The run sees what Python code does, hooks and all, below autograd, where composite functions have come apart into a smaller set of ops.
 Parameters and buffers are replaced by fake ones for the time of the run, at sizes of one's choice, and attributes of modules by other
-values; afterwards the model is as it was.
+values; afterwards the model is as it was, whatever its code wrote to its modules.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn.modules import module as module_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import ConversionError
+from .restore import as_it_was, plain_modules
 
 _LIBRARY = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
@@ -195,7 +197,7 @@ def run(
     """Record one run.
 
     Args:
-        model: whose parameters, buffers and attributes are replaced for the time of the run, and nothing else.
+        model: whose parameters, buffers and attributes are replaced for the time of the run.
         example: its inputs.
         shapes: sizes of parameters and buffers by name, where they are not their own.
         attributes: values of attributes that modules are to have meanwhile.
@@ -207,7 +209,7 @@ def run(
     """
     shapes = shapes or {}
     fake = example.fake
-    with fake, torch.random.fork_rng(devices=[]):
+    with fake:
         recorder = _Recorder(model, observer)
         stand_ins: dict[int, Tensor] = {}
         named: dict[int, str] = {}
@@ -221,8 +223,7 @@ def run(
     functions = _Functions(recorder)
     with (
         _quiet(),
-        _swapped(model, stand_ins),
-        _set(attributes or {}),
+        as_it_was(model),
         recorder.watching(),
         torch.set_grad_enabled(grad),
         fake,
@@ -230,6 +231,7 @@ def run(
         functions,
     ):
         try:
+            _swap(model, stand_ins, attributes or {})
             result = model(*args, **kwargs)
         except Stop:
             raise
@@ -262,36 +264,16 @@ def _quiet() -> Iterator[None]:
         logger.disabled = was
 
 
-@contextlib.contextmanager
-def _swapped(model: nn.Module, stand_ins: dict[int, Tensor]) -> Iterator[None]:
-    """Have the model's modules hold other tensors for a while."""
-    kept: list[tuple[Any, dict[str, Any]]] = []
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    try:
-        for module in modules:
-            tables: tuple[Any, ...] = (module._parameters, module._buffers)
-            for table in tables:
-                kept.append((table, dict(table)))
-                for key, tensor in table.items():
-                    if tensor is not None:
-                        table[key] = stand_ins[id(tensor)]
-        yield
-    finally:
-        for table, was in kept:
-            table.clear()
-            table.update(was)
-
-
-@contextlib.contextmanager
-def _set(attributes: Mapping[tuple[nn.Module, str], Any]) -> Iterator[None]:
-    kept = {place: place[0].__dict__[place[1]] for place in attributes}
-    try:
-        for (module, name), value in attributes.items():
-            module.__dict__[name] = value
-        yield
-    finally:
-        for (module, name), value in kept.items():
-            module.__dict__[name] = value
+def _swap(model: nn.Module, stand_ins: dict[int, Tensor], attributes: Mapping[tuple[nn.Module, str], Any]) -> None:
+    """Have the model's modules hold other tensors and other attributes, and run as written where they are compiled."""
+    for module in plain_modules(model):
+        tables: tuple[Any, ...] = (module._parameters, module._buffers)
+        for table in tables:
+            table.update((key, stand_ins[id(tensor)]) for key, tensor in table.items() if tensor is not None)
+        if module.__dict__.get("_compiled_call_impl") is not None:
+            module.__dict__["_compiled_call_impl"] = None
+    for (module, name), value in attributes.items():
+        module.__dict__[name] = value
 
 
 @contextlib.contextmanager
@@ -368,6 +350,7 @@ class _Recorder(TorchDispatchMode):
         finally:
             before.remove()
             after.remove()
+            module_hooks._global_forward_hooks_with_kwargs.pop(after.id, None)  # torch 2.13 leaves this entry behind
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         path = self.paths.get(id(module), f"{self.call.path}.<{type(module).__name__}>")
@@ -393,7 +376,8 @@ class _Recorder(TorchDispatchMode):
                 "known. Exclude the module or take the decision out of forward; nothing has changed."
             )
         return ConversionError(
-            f"{where}: forward failed on the example inputs, at {line}: {type(error).__name__}: {error}. Do they suit the model?"
+            f"{where}: forward failed on the example inputs{'' if line == '?' else f', at {line}'}: {type(error).__name__}: "
+            f"{str(error).rstrip('.')}. Do they suit the model?"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from ..errors import ConversionError
 from . import rules
 from .axes import Axes, short
 from .sizes import known_sizes
@@ -90,8 +91,17 @@ class Verification:
                     self.follows = known
             undo(point)
             self.follows = kept
+        elastic = set(self.axes.choose())
         self._leave(mismatch)
-        return self._try(mode, first, trial)
+        after = self._try(mode, first, trial)
+        if after is not None and set(self.axes.choose()) == elastic:
+            where = f"module {after.call.path!r}" if after.call.path else f"the forward of {type(self.model).__name__}"
+            raise ConversionError(
+                f"{where}: its code does not run twice in the same way, with nothing changed between ({after.line}: {after.what}): "
+                "which path another width takes cannot be known. Exclude the module or take the difference out of forward; "
+                "nothing has changed."
+            )
+        return after
 
     def check_growth(self, wanted: Mapping[Atom, int]) -> dict[Atom, str]:
         """The atoms that code does not let grow to the widths wanted, and why."""

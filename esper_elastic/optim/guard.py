@@ -78,6 +78,36 @@ def guard(optimizer: O, model: nn.Module) -> O:
     return optimizer
 
 
+def widen_state(optimizer: Optimizer, param: Tensor, shape: tuple[int, ...], write: Callable[[Tensor, Tensor], None]) -> None:
+    """Let the state of a parameter have the parameter's present shape, where it had ``shape``.
+
+    Args:
+        optimizer: that holds it, guarded or yet to be.
+        param: the parameter.
+        shape: that it had.
+        write: copies a tensor of that shape, or with axes of size 1, into the active part of one that has the present shape there.
+
+    Raises:
+        OptimizerError: how the optimizer lays out its state cannot be found; nothing has changed.
+    """
+    kept = optimizer.state.get(param)
+    if not kept:
+        return
+    layout: dict[str, _Layout] = {}
+    if not follows(optimizer) or isinstance(optimizer, _Guarded):
+        group = next((group for group in optimizer.param_groups if any(other is param for other in group["params"])), None)
+        layout = {} if group is None else _layout_of(optimizer, group, param, type(optimizer).__name__)
+    for name, value in list(kept.items()):
+        known = layout.get(name)
+        axes = _tracked(value, shape) if known is None else known.axes
+        if axes and value.shape == tuple(size if axis in axes else 1 for axis, size in enumerate(shape)):
+            made = value.new_zeros([size if axis in axes else 1 for axis, size in enumerate(param.shape)])
+            if known is not None and known.initial is not None:
+                made.copy_(known.initial)
+            write(made, value)
+            kept[name] = made
+
+
 class _Guarded:
     """What a guarded optimizer does instead of its class; mixed in before that class."""
 
@@ -284,10 +314,14 @@ def _require_layout(optimizer: Optimizer, label: str) -> None:
             if registry.lookup(param) is None or kind in tried:
                 continue
             tried.add(kind)
-            try:
-                _probe(optimizer, group, param)
-            except Exception as error:
-                raise OptimizerError(f"guard: cannot serve {label}: {error}. Use ee.optim.AdamW or another optimizer.") from error
+            _layout_of(optimizer, group, param, label)
+
+
+def _layout_of(optimizer: Optimizer, group: dict[str, Any], param: Tensor, label: str) -> dict[str, _Layout]:
+    try:
+        return _probe(optimizer, group, param)
+    except Exception as error:
+        raise OptimizerError(f"guard: cannot serve {label}: {error}. Use ee.optim.AdamW or another optimizer.") from error
 
 
 def _rule(plain: type[Optimizer]) -> Callable[..., Any]:
