@@ -15,8 +15,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConversionError
+from ..layers import ElasticView
 from .axes import Axes
 from .forms import Form, form_of
+from .names import taken_name
 from .statics import check_static
 from .structure import Atom, Structure, atoms, forget_history, size, stiffen
 from .switches import find_switches
@@ -173,6 +175,7 @@ def make_plan(
     try:
         runs = _runs(model, example, axes)
         _fix_excluded(model, axes, _patterns("exclude", exclude))
+        _fix_taken_names(model, axes)
         verification = Verification(model, example, axes, runs)
         verification.settle()
         wanted = _patterns("include", include)
@@ -264,6 +267,17 @@ def _fix_excluded(model: nn.Module, axes: Axes, patterns: list[str]) -> None:
     unknown = [pattern for pattern in patterns if pattern not in used]
     if unknown:
         raise ConversionError(f"elasticize: exclude: {unknown[0]!r} fits no module of {type(model).__name__}.")
+
+
+def _fix_taken_names(model: nn.Module, axes: Axes) -> None:
+    """Keep modules as they are whose code has a name of its own for something that it would find another thing under."""
+    for path, module in model.named_modules():
+        name = taken_name(module, ElasticView)
+        if name is not None:
+            prefix = path + "." if path else ""
+            for key in (*module._parameters, *module._buffers):
+                for axis in axes.tensors.get(prefix + key, ()):
+                    stiffen(axis, f"{path or type(module).__name__} has a {name!r} of its own, a name that an elastic module needs")
 
 
 def _fix_others(model: nn.Module, axes: Axes, patterns: list[str]) -> None:
