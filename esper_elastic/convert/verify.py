@@ -62,6 +62,7 @@ class Verification:
         self.follows: dict[Place, Structure] = known_sizes(model, axes)
         self.attempts = 0
         self._followers: dict[nn.Module, bool] = {}
+        self._width: Callable[[Atom], int] = lambda atom: atom.size  # in the last run
 
     def settle(self) -> None:
         """Find attributes to follow, axes to tie and dims to leave as they are, until code goes along at two more widths."""
@@ -142,6 +143,7 @@ class Verification:
         def width(atom: Atom) -> int:
             return widths.get(atom, atom.size)
 
+        self._width = width
         shapes = {name: tuple(measure(axis, width) for axis in axes) for name, axes in self.axes.tensors.items()}
         observer = _Comparison(first, width)
         try:
@@ -183,9 +185,13 @@ class Verification:
         self.axes.choose()
         seen: set[Any] = set()
         for place, axis in list(self._attributes_to_follow(mismatch)):
-            if place not in self.follows and place not in seen:
-                seen.add(place)
+            key: Any = (place, resolve(axis))
+            if place not in self.follows and key not in seen:
+                seen.add(key)
                 yield partial(self._generalise, first, mismatch, place, axis)
+        parts = self._parts_of_followed_sizes(mismatch)
+        if parts:
+            yield partial(self._tie_all, mismatch, parts)
         for one, other in list(self._ties(mismatch)):
             key = (resolve(one), resolve(other))
             if key not in seen:
@@ -225,6 +231,24 @@ class Verification:
         candidates += [axis for name, axes in self._tensors_of(mismatch.call) for axis in axes if self._moves(axis)]
         alike = [(a, b) for a, b in itertools.product(predicted, candidates) if size(a) == size(b) and resolve(a) != resolve(b)]
         yield from sorted(alike, key=lambda pair: size(pair[1]) not in moved)
+
+    def _parts_of_followed_sizes(self, mismatch: Mismatch) -> list[tuple[Structure, Structure]]:
+        """Parts of a concatenation that code cuts by sizes that follow other axes, as it does where a module has several of a kind."""
+        known = [axis for (module, _, _), axis in self.follows.items() for call in mismatch.call.chain() if call.module is module]
+        now = {then_now: axis for axis in known for then_now in [(size(axis), measure(axis, self._width))]}
+        for axis in self._axes_of(mismatch):
+            factors = resolve(axis)
+            parts = factors[0].parts if len(factors) == 1 and isinstance(factors[0], Concat) else ()
+            for start in range(len(mismatch.literals) - len(parts) + 1):
+                here = mismatch.literals[start : start + len(parts)]
+                pairs = [(part, now[cut]) for part, cut in zip(parts, here, strict=True) if cut in now and size(part) == cut[0]]
+                if len(pairs) == len(parts) > 1:
+                    return [(one, other) for one, other in pairs if resolve(one) != resolve(other)]
+        return []
+
+    def _tie_all(self, mismatch: Mismatch, pairs: list[tuple[Structure, Structure]]) -> None:
+        for one, other in pairs:
+            unify(one, other, f"code takes two sizes for one ({short(mismatch.line)})")
 
     def _leave(self, mismatch: Mismatch) -> None:
         """Give up the dims that run through the op."""
