@@ -26,7 +26,7 @@ GPU_WORKERS ?= 8
 LAYER_TESTS := tests/test_linear.py tests/test_conv2d.py tests/test_batch_norm.py tests/test_layer_norm.py
 KERNEL_TESTS := $(filter-out tests/test_triton_aot.py,$(wildcard tests/test_triton_*.py))
 
-.PHONY: setup build demo demo-seeds test test-slow test-aot test-gpu sanitize-gpu check bench bench-gpu docs clean
+.PHONY: setup build demo demo-seeds test test-slow test-aot test-gpu sanitize-gpu check bench bench-gpu coverage-models docs clean
 
 setup: $(BUILT)
 
@@ -96,6 +96,10 @@ bench: $(BUILT)
 
 bench-gpu: $(BUILT)
 	$(RUN) $(PY) -m pytest benchmarks/gpu -q --write-results
+
+# how much of each architecture is elastic; writes benchmarks/results/coverage_models.md
+coverage-models: $(BUILT)
+	$(RUN) $(ONE_THREAD) $(PY) benchmarks/coverage_models.py
 
 # runs the examples that the pages contain
 docs: $(BUILT)

@@ -3,13 +3,21 @@
 Source: Fang et al. 2023, "DepGraph: Towards Any Structural Pruning" (arXiv:2301.12900).
 """
 
+import contextlib
 import copy
+import signal
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch_pruning
 from torch import nn
 from torch_pruning.ops import OPTYPE
+
+
+class EndlessError(Exception):
+    """A peer has not come to an end in its time."""
+
 
 GroupMember = tuple[str, str, list[int]]
 
@@ -69,3 +77,23 @@ def pruned_by_torch_pruning(
         raise ValueError(f"{layer_path}: Torch-Pruning would leave no unit in a member of the group: {members}")
     group.prune()
     return pruned, sorted(members)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt Python code that goes on for longer; in the main thread, and where nothing else uses the alarm.
+
+    Raises:
+        EndlessError: the time is over.
+    """
+
+    def stop(*_: Any) -> None:
+        raise EndlessError(f"does not come to an end in {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

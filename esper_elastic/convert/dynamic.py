@@ -86,15 +86,15 @@ def make_class(recipe: Recipe) -> type[nn.Module]:
 
 
 def _tensor(name: str) -> property:
-    return property(lambda self: self.read(name))
+    return property(lambda self: self.visible_tensor(name))
 
 
 def _size(name: str) -> property:
     def get(self: Any) -> Any:
-        return self.size(name)
+        return self.visible_size(name)
 
     def set(self: Any, value: Any) -> None:
-        if value != self.size(name):
+        if value != self.visible_size(name):
             raise CapacityError(f"{type(self).__name__}.{name} follows the dims of the model: resize them to change it, got {value!r}.")
 
     return property(get, set)

@@ -14,9 +14,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConversionError
+from ..layers import ElasticView
 from .arguments import check_capacity, check_minimum, check_model, matches, nearest, patterns
 from .axes import Axes
 from .forms import Form, form_of
+from .names import taken_name
 from .statics import check_static
 from .structure import Atom, Structure, atoms, forget_history, size, stiffen
 from .switches import find_switches
@@ -176,6 +178,7 @@ def make_plan(
     try:
         runs = _runs(model, example, axes)
         _fix_excluded(model, axes, unwanted)
+        _fix_taken_names(model, axes)
         verification = Verification(model, example, axes, runs)
         verification.settle()
         if wanted:
@@ -230,6 +233,17 @@ def _fix_excluded(model: nn.Module, axes: Axes, unwanted: list[str]) -> None:
     if unknown:
         near = nearest(unknown[0], [path for path, _ in model.named_modules()])
         raise ConversionError(f"elasticize: exclude: {unknown[0]!r} fits no module of {type(model).__name__}. {near}")
+
+
+def _fix_taken_names(model: nn.Module, axes: Axes) -> None:
+    """Keep modules as they are whose code has a name of its own for something that it would find another thing under."""
+    for path, module in model.named_modules():
+        name = taken_name(module, ElasticView)
+        if name is not None:
+            prefix = path + "." if path else ""
+            for key in (*module._parameters, *module._buffers):
+                for axis in axes.tensors.get(prefix + key, ()):
+                    stiffen(axis, f"{path or type(module).__name__} has a {name!r} of its own, a name that an elastic module needs")
 
 
 def _fix_others(model: nn.Module, axes: Axes, wanted: list[str]) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from ..layers import Switchable
 from . import rules
+from .names import taken_name
 from .structure import resolve
 from .trace import Call, Run, Value
 from .verify import Mode
@@ -43,7 +45,8 @@ def _calls(run: Run) -> dict[str, list[Call]]:
     found: dict[str, list[Call]] = {}
     for call in run.calls:
         inside = next(call.module.parameters(), None) is not None and next(call.module.children(), None) is not None
-        if call.path and inside and not isinstance(call.module, nn.Sequential | nn.ModuleList):
+        lists = isinstance(call.module, nn.Sequential | nn.ModuleList)
+        if call.path and inside and not lists and taken_name(call.module, Switchable) is None:
             found.setdefault(call.path, []).append(call)
     return found
 

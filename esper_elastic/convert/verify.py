@@ -18,10 +18,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ConversionError
+from ..layers import ElasticView
 from . import rules
 from .axes import Axes, short
+from .names import taken_name
 from .sizes import known_sizes
-from .structure import Atom, Structure, atoms, mark, measure, mix, resolve, restrict, size, stiffen, undo, unify
+from .structure import Atom, Concat, Structure, atoms, mark, measure, mix, resolve, restrict, size, stiffen, undo, unify
 from .trace import Call, Example, Failure, Node, Run, Stop, Value, in_mode, line_of, run
 
 #: A size that a module keeps: ``(module, attribute, index)``, the index of a tuple's element or ``None``.
@@ -60,6 +62,8 @@ class Verification:
         self.runs = runs
         self.follows: dict[Place, Structure] = known_sizes(model, axes)
         self.attempts = 0
+        self._followers: dict[nn.Module, bool] = {}
+        self._width: Callable[[Atom], int] = lambda atom: atom.size  # in the last run
 
     def settle(self) -> None:
         """Find attributes to follow, axes to tie and dims to leave as they are, until code goes along at two more widths."""
@@ -73,24 +77,23 @@ class Verification:
             mismatch = self._mend(mode, first, trial, mismatch)
 
     def _mend(self, mode: Mode, first: Run, trial: int, mismatch: Mismatch) -> Mismatch | None:
-        """Apply the first remedy that takes the run further, alone or together with a second one."""
+        """Apply the first remedy that takes the run further; if none does alone, the first two that do together."""
+        without_effect = []
         for remedy in self._remedies(first, mismatch):
-            point, kept = mark(), dict(self.follows)
-            remedy()
-            after = self._try(mode, first, trial)
+            after, take_back = self._attempt(mode, first, trial, remedy)
             if after is None or after.at > mismatch.at:
                 return after
+            take_back()
             if after.at == mismatch.at:
-                for second in self._remedies(first, after):
-                    inner, known = mark(), dict(self.follows)
-                    second()
-                    further = self._try(mode, first, trial)
-                    if further is None or further.at > mismatch.at:
-                        return further
-                    undo(inner)
-                    self.follows = known
-            undo(point)
-            self.follows = kept
+                without_effect.append(remedy)
+        for remedy in without_effect:
+            after, take_back = self._attempt(mode, first, trial, remedy)
+            for second in () if after is None else self._remedies(first, after):
+                further, take_back_second = self._attempt(mode, first, trial, second)
+                if further is None or further.at > mismatch.at:
+                    return further
+                take_back_second()
+            take_back()
         elastic = set(self.axes.choose())
         self._leave(mismatch)
         after = self._try(mode, first, trial)
@@ -102,6 +105,17 @@ class Verification:
                 "nothing has changed."
             )
         return after
+
+    def _attempt(self, mode: Mode, first: Run, trial: int, remedy: Callable[[], None]) -> tuple[Mismatch | None, Callable[[], None]]:
+        """Where the run ends with a remedy, and how to take the remedy back."""
+        point, kept = mark(), dict(self.follows)
+
+        def take_back() -> None:
+            undo(point)
+            self.follows = kept
+
+        remedy()
+        return self._try(mode, first, trial), take_back
 
     def check_growth(self, wanted: Mapping[Atom, int]) -> dict[Atom, str]:
         """The atoms that code does not let grow to the widths wanted, and why."""
@@ -139,6 +153,7 @@ class Verification:
         def width(atom: Atom) -> int:
             return widths.get(atom, atom.size)
 
+        self._width = width
         shapes = {name: tuple(measure(axis, width) for axis in axes) for name, axes in self.axes.tensors.items()}
         observer = _Comparison(first, width)
         try:
@@ -180,9 +195,13 @@ class Verification:
         self.axes.choose()
         seen: set[Any] = set()
         for place, axis in list(self._attributes_to_follow(mismatch)):
-            if place not in self.follows and place not in seen:
-                seen.add(place)
+            key: Any = (place, resolve(axis))
+            if place not in self.follows and key not in seen:
+                seen.add(key)
                 yield partial(self._generalise, first, mismatch, place, axis)
+        parts = self._parts_of_followed_sizes(mismatch)
+        if parts:
+            yield partial(self._tie_all, mismatch, parts)
         for one, other in list(self._ties(mismatch)):
             key = (resolve(one), resolve(other))
             if key not in seen:
@@ -198,11 +217,17 @@ class Verification:
         parts = [(part, size(part)) for axis, _ in whole for part in self._runs(axis)]
         wanted += [(part, n) for part, n in parts if not stuck or any(then % n == 0 for then in stuck)]
         for call in mismatch.call.chain():
-            for name, value in list(vars(call.module).items()):
+            for name, value in list(vars(call.module).items()) if self._may_follow(call.module) else ():
                 for index, number in _integers(value):
                     for axis, n in wanted:
                         if number == n:
                             yield (call.module, name, index), axis
+
+    def _may_follow(self, module: nn.Module) -> bool:
+        """Whether sizes that a module keeps can be made to follow dims."""
+        if module not in self._followers:
+            self._followers[module] = taken_name(module, ElasticView) is None
+        return self._followers[module]
 
     def _ties(self, mismatch: Mismatch) -> Iterator[tuple[Structure, Structure]]:
         """Axes whose size code took, and the axes that were predicted in their place."""
@@ -216,6 +241,24 @@ class Verification:
         candidates += [axis for name, axes in self._tensors_of(mismatch.call) for axis in axes if self._moves(axis)]
         alike = [(a, b) for a, b in itertools.product(predicted, candidates) if size(a) == size(b) and resolve(a) != resolve(b)]
         yield from sorted(alike, key=lambda pair: size(pair[1]) not in moved)
+
+    def _parts_of_followed_sizes(self, mismatch: Mismatch) -> list[tuple[Structure, Structure]]:
+        """Parts of a concatenation that code cuts by sizes that follow other axes, as it does where a module has several of a kind."""
+        known = [axis for (module, _, _), axis in self.follows.items() for call in mismatch.call.chain() if call.module is module]
+        now = {then_now: axis for axis in known for then_now in [(size(axis), measure(axis, self._width))]}
+        for axis in self._axes_of(mismatch):
+            factors = resolve(axis)
+            parts = factors[0].parts if len(factors) == 1 and isinstance(factors[0], Concat) else ()
+            for start in range(len(mismatch.literals) - len(parts) + 1):
+                here = mismatch.literals[start : start + len(parts)]
+                pairs = [(part, now[cut]) for part, cut in zip(parts, here, strict=True) if cut in now and size(part) == cut[0]]
+                if len(pairs) == len(parts) > 1:
+                    return [(one, other) for one, other in pairs if resolve(one) != resolve(other)]
+        return []
+
+    def _tie_all(self, mismatch: Mismatch, pairs: list[tuple[Structure, Structure]]) -> None:
+        for one, other in pairs:
+            unify(one, other, f"code takes two sizes for one ({short(mismatch.line)})")
 
     def _leave(self, mismatch: Mismatch) -> None:
         """Give up the dims that run through the op."""
@@ -242,6 +285,8 @@ class Verification:
         for call in first.calls:
             other: Place = (call.module, name, index)
             if type(call.module) is not type(module) or other in self.follows or call.start + offset >= len(first.nodes):
+                continue
+            if not self._may_follow(call.module):
                 continue
             node = first.nodes[call.start + offset]
             if mismatch.node is None or _kind(node.op) != _kind(mismatch.node.op):
@@ -289,13 +334,18 @@ class Verification:
         return any(self.axes.elastic(atom) for atom in atoms(axis))
 
     def _runs(self, axis: Structure) -> Iterator[Structure]:
-        """Neighbouring factors of an axis that can change size together, longest first."""
+        """Neighbouring factors of an axis that can change size together, longest first; then those of each part of a concatenation."""
         factors = resolve(axis)
         for length in range(len(factors) - 1, 0, -1):
             for start in range(len(factors) - length + 1):
                 part = factors[start : start + length]
                 if self._moves(part):
                     yield part
+        for factor in factors:
+            for part in factor.parts if isinstance(factor, Concat) else ():
+                if self._moves(part):
+                    yield resolve(part)
+                    yield from self._runs(part)
 
 
 def _values(node: Node) -> list[Value]:

@@ -114,7 +114,7 @@ class ElasticView(ElasticLayer):
 
     # Reading
 
-    def read(self, name: str) -> Tensor | None:
+    def visible_tensor(self, name: str) -> Tensor | None:
         """What code sees of a tensor: the active slice, or in static layout the whole with zeros for what sleeps."""
         tensor = self.storage(name)
         axes = self._axes.get(name)
@@ -153,7 +153,7 @@ class ElasticView(ElasticLayer):
             self._masks[name] = found
         return found
 
-    def size(self, name: str) -> Any:
+    def visible_size(self, name: str) -> Any:
         """What code sees of a size that the module keeps."""
         kept = self._sizes[name]
         if type(kept) is tuple:
