@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from pretrained import efficientnet_lite0, photographs, top_five
+from pretrained import crops, efficientnet_lite0, photographs, top_five
 from test_pretrained import BUILDINGS, DAISY
 from torch import Tensor, nn
 
@@ -41,35 +41,42 @@ def test_predictions_are_unchanged(plain, elastic, pictures, layout):
         assert (exported - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def crops(pictures: Tensor) -> list[Tensor]:
-    """Parts of the pictures and their mirror images, a batch for each place."""
-    found = []
-    for top, left in ((0, 0), (0, 24), (24, 0), (24, 24)):
-        part = F.interpolate(pictures[:, :, top : top + 200, left : left + 200], (224, 224), mode="bilinear", align_corners=False)
-        found += [part, part.flip(-1)]
-    return found
-
-
 def hidden_dims(model: nn.Module) -> dict[str, ee.ElasticDim]:
     """Those of the expansions in the blocks. The rest are the streams between blocks, which hold what the network knows so far."""
     return {name: dim for name, dim in ee.dims(model).items() if name.endswith("_expand_conv")}
 
 
-def test_a_tenth_of_the_hidden_channels_can_go(plain, elastic, pictures):
-    """Chosen by first-order importance for the network's own answers, they take no recognition along; the last tenth of them does."""
-    scored, kept, cut = (copy.deepcopy(elastic) for _ in range(3))
-    scores: dict[str, Tensor] = {}
-    for batch in crops(pictures):
-        with torch.no_grad():
-            answers = plain(batch).softmax(1)
-        scored.zero_grad()
-        F.cross_entropy(scored(batch), answers).backward()
-        for name, dim in hidden_dims(scored).items():
-            scores[name] = scores.get(name, 0) + ee.importance.taylor(dim)
-    for name, dim in hidden_dims(kept).items():
-        width = round(0.9 * dim.active / dim.multiple_of) * dim.multiple_of
-        dim.keep(ee.importance.top(scores[name], width))
-        ee.dims(cut)[name].resize(width)
+@pytest.fixture(scope="module")
+def scores(plain: nn.Module, elastic: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
+    """First-order importance of every unit for the network's own answers to parts of the two pictures."""
+    scored = copy.deepcopy(elastic)
+    found: dict[str, Tensor] = {}
+    for top, left in ((0, 0), (0, 24), (24, 0), (24, 24)):
+        part = F.interpolate(pictures[:, :, top : top + 200, left : left + 200], (224, 224), mode="bilinear", align_corners=False)
+        for batch in (part, part.flip(-1)):
+            with torch.no_grad():
+                answers = plain(batch).softmax(1)
+            scored.zero_grad()
+            F.cross_entropy(scored(batch), answers).backward()
+            for name, dim in ee.dims(scored).items():
+                found[name] = found.get(name, 0) + ee.importance.taylor(dim)
+    return found
+
+
+def prune(dims: dict[str, ee.ElasticDim], scores: dict[str, Tensor]) -> None:
+    for name, dim in dims.items():
+        dim.keep(ee.importance.top(scores[name], nine_tenths(dim)))
+
+
+def nine_tenths(dim: ee.ElasticDim) -> int:
+    return round(0.9 * dim.active / dim.multiple_of) * dim.multiple_of
+
+
+def test_a_tenth_of_the_hidden_channels_can_go(elastic, pictures, scores):
+    """Chosen by importance, they take no recognition along; the last tenth of them does."""
+    kept, cut = copy.deepcopy(elastic), copy.deepcopy(elastic)
+    prune(hidden_dims(kept), scores)
+    ee.resize(cut, {name: nine_tenths(dim) for name, dim in hidden_dims(cut).items()})
     china, flower = top_five(kept, pictures)
     assert len(set(china) & BUILDINGS) >= 3
     assert DAISY in flower
@@ -77,15 +84,18 @@ def test_a_tenth_of_the_hidden_channels_can_go(plain, elastic, pictures):
     assert not set(top_five(cut, pictures)[0]) & BUILDINGS
 
 
-def test_recalibration_is_that_of_the_exported_network(elastic, pictures):
-    """At 90 % of every dim. Two photographs are no sample of what the network was trained on: measured anew on them alone, statistics
-    make it forget at full width too, so that nothing is said of predictions here."""
+@pytest.mark.parametrize("choice", ["the first", "the most important"])
+def test_recalibrated_at_nine_tenths_of_every_dim(elastic, pictures, scores, choice):
+    """China is a building still, or again: parts of fifteen pictures are a poor sample of ImageNet, and the flower needs a better one."""
     model = copy.deepcopy(elastic)
-    ee.resize(model, {name: round(0.9 * dim.active) for name, dim in ee.dims(model).items()})
+    if choice == "the first":
+        ee.resize(model, {name: nine_tenths(dim) for name, dim in ee.dims(model).items()})
+        assert not set(top_five(model, pictures)[0]) & BUILDINGS
+    else:
+        prune(ee.dims(model), scores)
     exported = ee.export(model)
     for each in (model, exported):
-        ee.recalibrate(each, crops(pictures)[:2])
-    with torch.no_grad():
-        got, expected = model(pictures), exported(pictures)
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert top_five(model, pictures) == top_five(exported, pictures)
+        ee.recalibrate(each, crops(4))
+    answers = top_five(model, pictures)
+    assert set(answers[0]) & BUILDINGS
+    assert top_five(exported, pictures) == answers
