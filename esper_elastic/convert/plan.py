@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import ConversionError
 from .axes import Axes
 from .forms import Form, form_of
+from .names import clash
 from .statics import check_static
 from .structure import Atom, Structure, atoms, forget_history, size, stiffen
 from .switches import find_switches
@@ -172,6 +173,7 @@ def make_plan(
         axes.names.setdefault(id(tensor), name)
     try:
         runs = _runs(model, example, axes)
+        _fix_clashing(model, axes)
         _fix_excluded(model, axes, _patterns("exclude", exclude))
         verification = Verification(model, example, axes, runs)
         verification.settle()
@@ -266,6 +268,15 @@ def _fix_excluded(model: nn.Module, axes: Axes, patterns: list[str]) -> None:
         raise ConversionError(f"elasticize: exclude: {unknown[0]!r} fits no module of {type(model).__name__}.")
 
 
+def _fix_clashing(model: nn.Module, axes: Axes) -> None:
+    for path, module in model.named_modules():
+        name = clash(module)
+        if name is not None:
+            prefix = path + "." if path else ""
+            for axis in (axis for key in (*module._parameters, *module._buffers) for axis in axes.tensors.get(prefix + key, ())):
+                stiffen(axis, f"{type(module).__name__}.{name} would hide what a converted module has under that name")
+
+
 def _fix_others(model: nn.Module, axes: Axes, patterns: list[str]) -> None:
     """Keep elastic only the dims that a module which fits produces."""
     kept: set[Atom] = set()
@@ -311,7 +322,7 @@ class _Planner:
         modules_of = dict(self.model.named_modules())
         check_static(self.axes, self.runs.values(), {modules_of[path]: form for path, form in forms.items()})
         self._order(forms, elastic)
-        self._scale()
+        self._scale(forms)
         dims = [self._dim(atom) for atom in self.index]
         self._name(dims, forms)
         self._bind(dims)
@@ -340,7 +351,7 @@ class _Planner:
                     if atom in elastic:
                         self.index.setdefault(atom, len(self.index))
 
-    def _scale(self) -> None:
+    def _scale(self, forms: Mapping[str, Form]) -> None:
         """Let dims that count groups count channels: their widths are multiples of the group's."""
         grouped = self.axes.counted_in_groups()
         inner: dict[Atom, int] = {}
@@ -349,6 +360,11 @@ class _Planner:
             for stretch in self.axes.stretches(axis):
                 if stretch.atom is not None and not self._counts_groups(axis, stretch.atom):
                     inner[stretch.atom] = math.gcd(inner.get(stretch.atom, 0), stretch.inner)
+        for form in forms.values():  # a convolution whose groups are of two widths takes whole groups alone
+            widths = {stretch for axis in form.axes.values() for stretch in self.axes.stretches(axis) if stretch.atom in grouped}
+            for atom in {atom for atom, _ in widths if atom is not None}:
+                if len({inner for other, inner in widths if other is atom}) > 1:
+                    inner[atom] = 1
         self.scale = {atom: inner.get(atom, 1) if atom in grouped else 1 for atom in self.index}
 
     def _counts_groups(self, axis: Structure, atom: Atom) -> bool:
@@ -364,12 +380,16 @@ class _Planner:
         return PlannedDim("", n, n, floor, scale, [], atom.compact_only, atom.mixed)
 
     def _name(self, dims: list[PlannedDim], forms: Mapping[str, Form]) -> None:
+        """Name dims as ``ee.dims`` will."""
+        taken: set[str] = set()
         for path, form in forms.items():
             made = list(dict.fromkeys(atom for axis in form.produced for atom in atoms(axis) if atom in self.index))
             for index, atom in enumerate(made):
                 if not dims[self.index[atom]].name:
                     whole = path or next(key for key, own in form.tensors.items() if any(atom in atoms(axis) for axis in own))
-                    dims[self.index[atom]].name = whole if len(made) == 1 or not path else f"{path}:{index}"
+                    several = len(made) > 1 if path else whole in taken
+                    dims[self.index[atom]].name = f"{whole}:{index}" if several else whole
+                    taken.add(dims[self.index[atom]].name)
         for atom, index in self.index.items():
             if not dims[index].name:
                 name = next(n for n, axes in self.axes.tensors.items() if any(a is atom for axis in axes for a in atoms(axis)))
@@ -463,7 +483,8 @@ class _Planner:
             for index, axis in enumerate(self.axes.tensors.get(name, ())):
                 if not self._moves(axis) and size(axis) > 1:
                     reasons = [self.axes.why_fixed(atom) for atom in atoms(axis)]
-                    found.append(RigidAxis(name, index, size(axis), next((why for why in reasons if why), "nothing changes it")))
+                    vague = "nothing changes it" if reasons else "code tells its indices apart one by one"
+                    found.append(RigidAxis(name, index, size(axis), next((why for why in reasons if why), vague)))
         return found
 
     def _count(self) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from . import rules
+from .names import clash
 from .structure import resolve
 from .trace import Call, Run, Value
 from .verify import Mode
@@ -43,7 +44,7 @@ def _calls(run: Run) -> dict[str, list[Call]]:
     found: dict[str, list[Call]] = {}
     for call in run.calls:
         inside = next(call.module.parameters(), None) is not None and next(call.module.children(), None) is not None
-        if call.path and inside and not isinstance(call.module, nn.Sequential | nn.ModuleList):
+        if call.path and inside and not isinstance(call.module, nn.Sequential | nn.ModuleList) and clash(call.module) is None:
             found.setdefault(call.path, []).append(call)
     return found
 

@@ -38,7 +38,7 @@ for _name in ("softplus", "threshold", "log_sigmoid_forward", "rrelu_with_noise"
     RULES[_name] = pointwise
 
 
-@rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "positive", "lift", "_conj", "fill", "zero")
+@rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "lift", "_conj", "fill", "zero")
 def _copy(scope: Scope, node: Node) -> None:
     same(node)
     source = values(node.args)[0]

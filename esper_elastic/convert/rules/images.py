@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..structure import Structure, fresh
 from ..trace import Node, Value
-from .registry import RULES, Rule, Scope, fixed, give, op_name, rule
+from .registry import Rule, Scope, fixed, give, op_name, rule
 
 
 @rule("pixel_shuffle")
@@ -24,7 +24,7 @@ def _pixel_unshuffle(scope: Scope, node: Node) -> None:
 @rule("channel_shuffle", "native_channel_shuffle")
 def _channel_shuffle(scope: Scope, node: Node) -> None:
     x, groups = node.args[:2]
-    count, width = fresh(groups), fresh(x.shape[1] // groups)
+    count, width = fixed(scope, groups, "channel shuffle deals out so many groups"), fresh(x.shape[1] // groups)
     scope.unify(x.axes[1], (*count, *width))
     give(node, [x.axes[0], (*width, *count), *x.axes[2:]])
 
@@ -47,30 +47,42 @@ def _image_rule(spatial: int) -> Rule:
     return lambda scope, node: images(scope, node, node.args[0], spatial)
 
 
-for _spatial in (1, 2, 3):
-    for _kind in (
-        "max_pool{}d_with_indices",
-        "max_pool{}d",
-        "avg_pool{}d",
-        "_adaptive_avg_pool{}d",
-        "adaptive_avg_pool{}d",
-        "adaptive_max_pool{}d",
-        "reflection_pad{}d",
-        "replication_pad{}d",
-        "upsample_nearest{}d",
-        "_upsample_nearest_exact{}d",
-        "grid_sampler_{}d",
-        "mkldnn_max_pool{}d",
-    ):
-        RULES[_kind.format(_spatial)] = _image_rule(_spatial)
-for _name in ("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_linear1d"):
-    RULES[_name] = _image_rule(1 if "1d" in _name else 2)
+_image_ops = {
+    1: ("reflection_pad1d", "replication_pad1d", "upsample_nearest1d", "_upsample_nearest_exact1d", "upsample_linear1d"),
+    2: (
+        *("max_pool2d_with_indices", "mkldnn_max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d"),
+        *("reflection_pad2d", "replication_pad2d", "grid_sampler_2d", "upsample_nearest2d", "_upsample_nearest_exact2d"),
+        *("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+    ),
+    3: (
+        *("max_pool3d_with_indices", "mkldnn_max_pool3d", "avg_pool3d", "_adaptive_avg_pool3d", "adaptive_max_pool3d"),
+        *(
+            "reflection_pad3d",
+            "replication_pad3d",
+            "grid_sampler_3d",
+            "upsample_nearest3d",
+            "_upsample_nearest_exact3d",
+            "upsample_trilinear3d",
+        ),
+    ),
+}
+for _spatial, _names in _image_ops.items():
+    rule(*_names)(_image_rule(_spatial))
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def _max_unpool(scope: Scope, node: Node) -> None:
+    x, places = node.args[:2]
+    spatial = int(op_name(node.op)[-2])
+    for one, other in zip(x.axes, places.axes, strict=True):
+        scope.unify(one, other)
+    images(scope, node, x, spatial)
 
 
 @rule("im2col", "col2im")
 def _columns(scope: Scope, node: Node) -> None:
     x, output = node.args[0], node.outputs[0]
-    for axis in x.axes[-2:]:
+    for axis in x.axes[-2:] if op_name(node.op) == "im2col" else x.axes[-1:]:
         scope.fix(axis, "it is an axis of an image")
     if op_name(node.op) == "im2col":
         taps = output.shape[-2] // x.shape[-3]

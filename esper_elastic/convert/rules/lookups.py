@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from ..structure import stiffen
+import torch
+
+from ..structure import Structure, stiffen
 from ..trace import Node, Value
 from .elementwise import broadcast
-from .registry import Scope, fixed, give, rule, unknown_axes, values, wrap
+from .registry import Scope, fixed, give, rule, same, unknown_axes, values, wrap
 
 
 @rule("embedding")
@@ -36,6 +38,41 @@ def _index(scope: Scope, node: Node) -> None:
     adjacent = places == list(range(places[0], places[-1] + 1))
     first = places[0] if adjacent else 0
     give(node, [*rest[:first], *looked_up, *rest[first:]])
+
+
+@rule("index_put", "_unsafe_index_put")
+def _index_put(scope: Scope, node: Node) -> None:
+    x, indices, written = node.args[:3]
+    axes = iter(x.axes)
+    kept: list[Structure] = []
+    met: list[Structure] = []
+    for index in indices:
+        if index is None:
+            kept.append(next(axes))
+        elif index.dtype in (torch.bool, torch.uint8):
+            for axis in index.axes:
+                own = next(axes)
+                met.append(own)
+                scope.unify(own, axis)
+        else:
+            own = next(axes)
+            met.append(own)
+            scope.fix(own, "it is looked up by index")
+    kept += axes
+    if any(n != 1 for n in written.shape):
+        # what is written has the axes of the indices and those that are not looked up; only the plain way of doing so is followed
+        masks = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+        plain = indices[0] is not None and sum(index is not None for index in indices) == 1 and not masks
+        expected = [*indices[0].axes, *kept] if plain else None
+        for place, axis in enumerate(reversed(written.axes)):
+            if expected is None:
+                scope.fix(axis, "it is written by index")
+            elif written.shape[-1 - place] != 1:
+                scope.unify(axis, expected[-1 - place])
+        if expected is None:
+            for axis in (*met, *kept):
+                scope.fix(axis, "it is written by index")
+    same(node)
 
 
 @rule("index_select")

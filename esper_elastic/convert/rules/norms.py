@@ -8,13 +8,15 @@ from .registry import Scope, argument, give, rule, unknown_axes, values, wrap
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training")
-@rule("cudnn_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm")
+@rule("cudnn_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update")
 def _batch_norm(scope: Scope, node: Node) -> None:
     x, *others = values((node.args, node.kwargs))
     channels = x.axes[1]  # type: ignore[index]
     for value in others:
         scope.unify(value.axes[0], channels)  # type: ignore[index]
-    scope.normalise(channels)
+    if not scope.normalise(channels):
+        for value in values(node.args[3:5]):
+            scope.write(value)
     give(
         node,
         list(x.axes or []),
@@ -22,7 +24,7 @@ def _batch_norm(scope: Scope, node: Node) -> None:
     )
 
 
-@rule("native_layer_norm", "_fused_rms_norm", "layer_norm", "rms_norm")
+@rule("native_layer_norm", "_fused_rms_norm")
 def _layer_norm(scope: Scope, node: Node) -> None:
     x, *affine = values((node.args, node.kwargs))
     count = len(node.args[1])
@@ -39,26 +41,28 @@ def _layer_norm(scope: Scope, node: Node) -> None:
     give(node, list(x.axes), statistics, statistics)
 
 
-@rule("native_group_norm", "group_norm")
+@rule("native_group_norm")
 def _group_norm(scope: Scope, node: Node) -> None:
     x, *affine = values((node.args, node.kwargs))
     assert x.axes is not None
     channels = x.axes[1]
     groups = int(argument(node, 6, "group"))
+    count = fresh(groups)
     for value in affine:
         scope.unify(value.axes[0], channels)  # type: ignore[index]
     if groups > 1:
-        count, width = fresh(groups), fresh(x.shape[1] // groups)
+        width = fresh(x.shape[1] // groups)
         scope.unify(channels, (*count, *width))
         scope.group(count, width)
         scope.normalise(channels)
+        scope.mix(width, "a norm runs over it")  # where it is the groups that stay as they are
     elif not scope.normalise(channels):
         scope.mix(channels, "a norm runs over it")
-    statistics = [x.axes[0], fresh(groups)]
+    statistics = [x.axes[0], count]
     give(node, list(x.axes), statistics, statistics)
 
 
-@rule("_weight_norm_interface", "_weight_norm")
+@rule("_weight_norm_interface")
 def _weight_norm(scope: Scope, node: Node) -> None:
     v, g = node.args[:2]
     dim = wrap(int(argument(node, 2, "dim", 0)), len(v.shape))

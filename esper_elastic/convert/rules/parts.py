@@ -35,7 +35,7 @@ def stretch(scope: Scope, axis: Structure, start: int, end: int, length: int, st
     return pieces[ends.index(end)]
 
 
-@rule("narrow", "narrow_copy")
+@rule("narrow_copy")
 def _narrow(scope: Scope, node: Node) -> None:
     x, dim, start, length = node.args[:4]
     dim = wrap(dim, len(x.shape))
@@ -44,7 +44,7 @@ def _narrow(scope: Scope, node: Node) -> None:
     give(node, axes)
 
 
-@rule("split", "split_with_sizes", "split_copy", "split_with_sizes_copy", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+@rule("split", "split_with_sizes", "split_copy", "split_with_sizes_copy", "unsafe_split")
 def _split(scope: Scope, node: Node) -> None:
     x = node.args[0]
     dim = wrap(int(argument(node, 2, "dim", 0)), len(x.shape))
@@ -66,9 +66,9 @@ def _glu(scope: Scope, node: Node) -> None:
     give(node, [*x.axes[:dim], first, *x.axes[dim + 1 :]])
 
 
-@rule("cat", "concat")
+@rule("cat")
 def _cat(scope: Scope, node: Node) -> None:
-    parts: list[Value] = [part for part in node.args[0] if part.shape != (0,)]
+    parts: list[Value] = [part for part in node.args[0] if part.shape != (0,)] or node.args[0]
     dim = wrap(int(argument(node, 1, "dim", 0)), len(parts[0].shape))
     axes = list(parts[0].axes or [])
     for part in parts[1:]:
@@ -87,7 +87,7 @@ def _stack(scope: Scope, node: Node) -> None:
     give(node, [*axes[:dim], fixed(scope, len(parts), "code stacks tensors along it"), *axes[dim:]])
 
 
-@rule("constant_pad_nd", "pad")
+@rule("constant_pad_nd")
 def _pad(scope: Scope, node: Node) -> None:
     x, pads = node.args[:2]
     axes = list(x.axes)

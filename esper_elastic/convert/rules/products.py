@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..structure import Structure, fresh
 from ..trace import Node, Value
-from .registry import Scope, argument, fixed, give, rule, same, unknown_axes, values
+from .registry import Scope, argument, fixed, give, op_name, rule, same, unknown_axes, values
 
 
 @rule("mm", "bmm")
@@ -25,10 +25,12 @@ def product(scope: Scope, a: Value, b: Value) -> list[Structure]:
 
 
 def contract(scope: Scope, a: Value, i: int, b: Value, j: int) -> None:
-    """Sum over an axis of both. Where one is a weight, units whose column in it is zero do not take part."""
+    """Sum over an axis of both. Where one is a weight, units whose column in it is zero take no part; where both are, one makes them."""
     assert a.axes is not None and b.axes is not None
     scope.unify(a.axes[i], b.axes[j])
-    if not scope.consume(a, i) | scope.consume(b, j):
+    if scope.consume(b, j):
+        scope.produce(a, i)
+    elif not scope.consume(a, i):
         scope.mix(a.axes[i], "two activations are multiplied along it", static=True)
 
 
@@ -36,6 +38,9 @@ def contract(scope: Scope, a: Value, i: int, b: Value, j: int) -> None:
 def _addmm(scope: Scope, node: Node) -> None:
     bias, a, b = node.args[:3]
     axes = product(scope, a, b)
+    if op_name(node.op) == "addbmm":
+        contract(scope, a, 0, b, 0)
+        axes = axes[1:]
     give(node, axes)
     for index, axis in enumerate(reversed(bias.axes)):
         if bias.shape[-1 - index] != 1:
@@ -57,7 +62,7 @@ def _addmv(scope: Scope, node: Node) -> None:
     give(node, list(a.axes[:-1]))
 
 
-@rule("linear", "mkldnn_linear", "_mkl_linear")
+@rule("linear", "mkldnn_linear")
 def _linear(scope: Scope, node: Node) -> None:
     x, weight = node.args[:2]
     bias = argument(node, 2, "bias")
@@ -86,6 +91,11 @@ def _convolution(scope: Scope, node: Node) -> None:
         scope.group(count, weight.axes[1])
         scope.enter(x.axes[1])
         scope.produce(weight, 0)
+        if transposed:
+            scope.produce(weight, 1)
+            scope.mix(width, "a grouped convolution sums over it", static=True)  # where it is the groups that stay as they are
+        else:
+            scope.consume(weight, 1)
         channels = (*count, *weight.axes[1]) if transposed else weight.axes[0]
     if isinstance(bias, Value):
         scope.unify(bias.axes[0], channels)  # type: ignore[index]

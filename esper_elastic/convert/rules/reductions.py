@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from ..structure import Structure
 from ..trace import Node
 from .elementwise import pointwise
@@ -11,7 +13,7 @@ from .registry import Scope, argument, fixed, give, op_name, rule, same, values,
 
 
 @rule("sum", "mean", "amax", "amin", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "linalg_vector_norm", "norm", "any", "all")
-@rule("max", "min", "argmax", "argmin", "median", "nansum", "nanmean", "count_nonzero", "mode")
+@rule("max", "min", "argmax", "argmin", "median", "nansum", "count_nonzero", "mode")
 def _reduce(scope: Scope, node: Node) -> None:
     name = op_name(node.op)
     inputs = values(node.args)
@@ -28,7 +30,7 @@ def _reduce(scope: Scope, node: Node) -> None:
         axis = x.axes[index]  # type: ignore[index]
         if name in ("argmax", "argmin", "max", "min", "median", "mode") and len(node.outputs) + (name.startswith("arg")) > 1:
             scope.fix(axis, f"{name} numbers its indices")
-        else:
+        elif not (name == "mean" and isinstance(node.call.module, nn.RMSNorm) and len(reduced) == 1 and scope.normalise(axis)):
             scope.mix(axis, f"{name} runs over it", static=name == "sum")
     axes: list[Structure] = []
     for index, axis in enumerate(x.axes or []):
@@ -39,7 +41,7 @@ def _reduce(scope: Scope, node: Node) -> None:
     give(node, *[list(axes) for _ in node.outputs])
 
 
-@rule("_softmax", "softmax", "_log_softmax", "log_softmax", "_safe_softmax")
+@rule("_softmax", "_log_softmax", "_safe_softmax")
 def _softmax(scope: Scope, node: Node) -> None:
     x, dim = node.args[:2]
     if x.shape:
@@ -47,29 +49,37 @@ def _softmax(scope: Scope, node: Node) -> None:
     same(node)
 
 
-@rule(
-    "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort", "topk", "flip", "roll", "tril", "triu", "renorm", "kthvalue"
-)
-@rule("diff", "unique_consecutive")
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "topk", "flip", "roll", "tril", "triu", "kthvalue")
 def _ordered(scope: Scope, node: Node) -> None:
     x, name = node.args[0], op_name(node.op)
     rank = len(x.shape)
     if name in ("tril", "triu"):
         dims: Any = [rank - 2, rank - 1]
-    elif name == "topk" or name == "kthvalue" or name == "roll":
-        dims = argument(node, 2, "dim" if name != "roll" else "dims", -1)
-    elif name == "sort" or name == "argsort":
+    elif name in ("topk", "kthvalue"):
+        dims = argument(node, 2, "dim", -1)
+    elif name == "roll":
+        dims = argument(node, 2, "dims", ()) or list(range(rank))
+    elif name == "sort":
         dims = next((a for a in node.args[1:] if isinstance(a, int) and not isinstance(a, bool)), node.kwargs.get("dim", -1))
     else:
         dims = argument(node, 1, "dim", -1)
     places = {wrap(d, rank) for d in ([dims] if isinstance(dims, int) else dims)}
-    if name == "roll" and not dims:
-        places = set(range(rank))
+    why = f"{name} depends on the order of its indices"
     for place in places:
-        scope.fix(x.axes[place], f"{name} depends on the order of its indices")
+        scope.fix(x.axes[place], why)
     for output in node.outputs:
+        kept = [i for i in range(rank) if len(output.shape) == rank or i not in places]
         if output.axes is None:
-            output.axes = [x.axes[i] if i not in places or n == x.shape[i] else fixed(scope, n, "") for i, n in enumerate(output.shape)]
+            output.axes = [x.axes[i] if n == x.shape[i] else fixed(scope, n, why) for i, n in zip(kept, output.shape, strict=True)]
+
+
+@rule("renorm")
+def _renorm(scope: Scope, node: Node) -> None:
+    x, _, dim = node.args[:3]
+    for index, axis in enumerate(x.axes):
+        if index != wrap(dim, len(x.shape)):
+            scope.mix(axis, "a norm runs over it")
+    same(node)
 
 
 @rule("unfold")

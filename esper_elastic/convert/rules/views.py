@@ -14,21 +14,25 @@ from ..trace import Node, Value
 from .registry import Scope, argument, fixed, give, rule, wrap
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten", "flatten", "_reshape_copy", "view_copy")
+@rule("view", "_unsafe_view", "_reshape_alias", "view_copy")
 def _view(scope: Scope, node: Node) -> None:
     x, output = node.args[0], node.outputs[0]
     if output.axes is None:
         output.axes = regroup(scope, x, output.shape)
+        places = [place for place, n in enumerate(x.shape) if n != 1]
+        if [x.shape[place] for place in places] == [n for n in output.shape if n != 1]:
+            scope.follow(output, x, [None if n == 1 else places.pop(0) for n in output.shape])
 
 
 @rule("as_strided")
 def _as_strided(scope: Scope, node: Node) -> None:
     """What ``reshape`` of some tensors comes to; any other use is not understood."""
     x, shape, stride = node.args[:3]
+    start = argument(node, 3, "storage_offset")
     layout = torch.empty_strided(x.shape, x.stride, device="meta")
     try:
         viewed = layout.view(shape).stride()
-        is_view = all(n == 1 or a == b for n, a, b in zip(shape, viewed, stride, strict=True))
+        is_view = start in (None, x.offset) and all(n == 1 or a == b for n, a, b in zip(shape, viewed, stride, strict=True))
     except RuntimeError:
         is_view = False
     if is_view:
@@ -93,7 +97,7 @@ def _permute(scope: Scope, node: Node) -> None:
     scope.follow(node.outputs[0], x, order)
 
 
-@rule("transpose", "swapaxes", "t", "numpy_T", "mT")
+@rule("transpose", "t")
 def _transpose(scope: Scope, node: Node) -> None:
     x = node.args[0]
     rank = len(x.shape)
@@ -125,7 +129,7 @@ def _squeeze(scope: Scope, node: Node) -> None:
     scope.follow(node.outputs[0], x, kept)
 
 
-@rule("expand", "broadcast_to", "expand_copy")
+@rule("expand", "expand_copy")
 def _expand(scope: Scope, node: Node) -> None:
     x, output = node.args[0], node.outputs[0]
     offset = len(output.shape) - len(x.shape)
@@ -133,9 +137,12 @@ def _expand(scope: Scope, node: Node) -> None:
         node,
         [x.axes[index - offset] if index >= offset and x.shape[index - offset] == n else fresh(n) for index, n in enumerate(output.shape)],
     )
+    scope.follow(
+        output, x, [index - offset if index >= offset and x.shape[index - offset] == n else None for index, n in enumerate(output.shape)]
+    )
 
 
-@rule("repeat", "tile")
+@rule("repeat")
 def _repeat(scope: Scope, node: Node) -> None:
     x, output = node.args[0], node.outputs[0]
     offset = len(output.shape) - len(x.shape)
