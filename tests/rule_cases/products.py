@@ -352,6 +352,16 @@ CASES = by_name(
         multiple={"a": 3},
     ),
     Case(
+        "normed_by_four_groups_of_any_width",
+        lambda net, h: F.group_norm(h.view(h.shape[0], 4, -1, *h.shape[2:]).relu().view(h.shape), 4),
+        ("4:a",),
+        "4:a",
+        {"a": 3},
+        "images",
+        compact=NORM,
+        mixed=NORM,
+    ),
+    Case(
         "groups_of_a_literal_normed",
         lambda net, h: F.group_norm(h, 4),
         ("12",),

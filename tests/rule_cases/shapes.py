@@ -281,12 +281,12 @@ CASES = by_name(
             "topk": lambda net, h: h.topk(12, 1)[0],
             "flip": lambda net, h: h + h.flip(1),
             "roll": lambda net, h: h.roll(1, 1),
-            "roll_of_all": lambda net, h: h.roll(1),
             "tril": lambda net, h: h.tril(),
             "triu": lambda net, h: h.triu(),
             "kthvalue": lambda net, h: h + h.kthvalue(2, 1)[0][:, None],
         },
     ),
+    *still(ORDERED, {"roll_of_all": lambda net, h: h.roll(1)}, kind="images"),
     *still("code tells its indices apart", {"diff": lambda net, h: F.pad(h.diff(dim=1), (0, 1))}),
     Case(
         "window_over_channels",
