@@ -161,7 +161,8 @@ class _Structure:
                     if id(dim) not in named:
                         named.add(id(dim))
                         name = path or module.name_of(dim)
-                        self._name(dim, name if len(produced) == 1 or not path else f"{name}:{index}")
+                        several = len(produced) > 1 if path else name in self.dims
+                        self._name(dim, f"{name}:{index}" if several else name)
             if isinstance(module, Switchable):
                 self.blocks[path] = module
                 module.switch.path = path

@@ -49,7 +49,7 @@ class Axes:
         self.normalised: dict[nn.Module, Structure] = {}
         self.entered: dict[nn.Module, Structure] = {}
         self.readers: dict[str, dict[nn.Module, None]] = {}
-        self.written: set[str] = set()
+        self.written: dict[str, None] = {}
         self._weights: list[Structure] = []
         self._groups: list[Structure] = []
         self._counts: list[Structure] = []
@@ -90,21 +90,22 @@ class Axes:
                 self.readers.setdefault(source[0], {})[node.call.module] = None
         known = rules.find(node.op)
         if known is None:
-            for value in operands:
-                for axis in value.axes or []:
-                    stiffen(axis, self._why(f"the op {rules.op_name(node.op)} is not understood"))
-            for output in node.outputs:
-                if output.axes is None:
-                    output.axes = [fresh(n, self._why(f"the op {rules.op_name(node.op)} is not understood")) for n in output.shape]
+            self._refuse(node, "is not understood")
         else:
             known(self, node)
         for output in node.outputs:
+            if output.axes is not None and tuple(size(axis) for axis in output.axes) != output.shape:
+                self._refuse(node, "is called in a way that is not understood")
+                output.axes = None
             if output.axes is None:
                 output.axes = [fresh(n, self._why(f"the op {rules.op_name(node.op)} gives it")) for n in output.shape]
             if any(output is value for value in operands):
-                source = self._sources.get(id(output))
-                if source is not None:
-                    self.written.add(source[0])
+                self.write(output)
+
+    def _refuse(self, node: Node, why: str) -> None:
+        for value in rules.values((node.args, node.kwargs)):
+            for axis in value.axes or []:
+                stiffen(axis, self._why(f"the op {rules.op_name(node.op)} {why}"))
 
     def _why(self, why: str) -> str:
         return why if self._node is None else f"{why} ({short(self._node.line)})"
@@ -158,6 +159,11 @@ class Axes:
         assert self._node is not None
         self.entered[self._node.call.module] = axis
 
+    def write(self, value: Value) -> None:
+        source = self._sources.get(id(value))
+        if source is not None:
+            self.written[source[0]] = None
+
     def follow(self, output: Value, input: Value, order: Sequence[int | None]) -> None:
         source = self._sources.get(id(input))
         if source is not None and output is not input:
@@ -175,10 +181,14 @@ class Axes:
     def choose(self) -> list[Atom]:
         """Pick the elastic atoms anew, in the order of tensors; what is known of rigid ones is taken into account."""
         weights = {atom for axis in self._weights for atom in atoms(axis)}
+        places = ((name, index, axis) for name, axes in self.tensors.items() for index, axis in enumerate(axes))
+        made = {atom for name, index, axis in places if (name, index) not in self.consumed for atom in atoms(axis)}
         self._chosen, self._inner = {}, {}
         for atom in {atom for axes in self.tensors.values() for axis in axes for atom in atoms(axis)}:
             if atom not in weights:
                 self._inner[atom] = "no matrix product or convolution has it"
+            elif atom not in made:
+                self._inner[atom] = "no weight makes its units"
         for axis in (*(axis for axes in self.tensors.values() for axis in axes), *self._groups):
             self._choose(axis)
         for axes in self.tensors.values():

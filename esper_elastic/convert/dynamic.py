@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..errors import CapacityError
+from ..errors import CapacityError, ElasticError
 from ..layers import ElasticView, Switchable
 
 
@@ -86,12 +87,20 @@ def make_class(recipe: Recipe) -> type[nn.Module]:
 
 
 def _tensor(name: str) -> property:
-    return property(lambda self: self.visible_tensor(name))
+    return property(lambda self: _told(self, name, self.visible_tensor))
+
+
+def _told(module: Any, name: str, read: Callable[[str], Any]) -> Any:
+    """What ``read`` says of an attribute. An ``AttributeError`` from here would be taken for its absence, and the storage read instead."""
+    try:
+        return read(name)
+    except AttributeError as error:
+        raise ElasticError(f"{type(module).__name__}.{name}: reading its active part failed: {error}. Is the module whole?") from error
 
 
 def _size(name: str) -> property:
     def get(self: Any) -> Any:
-        return self.visible_size(name)
+        return _told(self, name, self.visible_size)
 
     def set(self: Any, value: Any) -> None:
         if value != self.visible_size(name):

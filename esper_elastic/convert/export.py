@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..layers import ElasticBlock, ElasticLayer, ElasticView, Switchable
 from .dynamic import Converted, original_class
 from .elasticize import PLAN
+from .names import SWITCH_ATTRIBUTES, VIEW_ATTRIBUTES
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
@@ -85,17 +86,13 @@ def _tensors(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     """What the ordinary module has as attributes; tensors are still the elastic ones."""
-    ours = set(_SWITCH_ATTRIBUTES) if isinstance(module, Switchable) else set()
+    ours = set(SWITCH_ATTRIBUTES) if isinstance(module, Switchable) else set()
     sizes: dict[str, Any] = {}
     if isinstance(module, ElasticView):
-        ours |= set(_VIEW_ATTRIBUTES)
+        ours |= set(VIEW_ATTRIBUTES)
         sizes = {name: module.active_size(name) for name in module._sizes}
     elif isinstance(module, ElasticLayer):
         ours |= module.own_attributes()
         template = module._dense("meta", None).__dict__
         sizes = {name: value for name, value in template.items() if name not in module.__dict__ and name not in _MODULE_ATTRIBUTES}
     return {name: value for name, value in module.__dict__.items() if name not in ours} | sizes
-
-
-_VIEW_ATTRIBUTES = ("_axes", "_sizes", "_widths", "_masks", "newborn", "_mixed")
-_SWITCH_ATTRIBUTES = ("kind", "static", "switch", "_position", "control", "slot", "backend")

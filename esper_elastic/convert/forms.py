@@ -12,7 +12,7 @@ from .. import layers
 from ..layers import ElasticLayer
 from .axes import Axes
 from .sizes import leading
-from .structure import Structure, atoms, size
+from .structure import Structure, atoms, mix, restrict, size
 from .verify import Place
 
 #: By the class whose ``forward`` a module runs: the elastic layer that takes its place.
@@ -63,6 +63,10 @@ def form_of(module: nn.Module, axes: Axes, follows: Mapping[Place, Structure]) -
         if arguments is not None and not others:
             first = next(iter(arguments.values()))
             return Form(layer, arguments, produced=[first])
+
+    if module in axes.normalised and isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm) and getattr(module, "num_groups", 1) == 1:
+        mix(axes.normalised[module], "a norm runs over it")  # as it is, it counts zeros
+        restrict(axes.normalised[module], "a norm runs over it")
 
     def name(key: str) -> str:
         return axes.names[id(tensors[key])]

@@ -7,7 +7,11 @@ import functools
 import torch
 from torch import nn
 
-_OF_OBJECTS = frozenset(("_masks", "_position", "backend", "recipe"))
+#: What instances have; the rest is what their classes have.
+VIEW_ATTRIBUTES = ("_axes", "_sizes", "_widths", "_masks", "newborn", "_mixed")
+SWITCH_ATTRIBUTES = ("kind", "static", "switch", "_position", "control", "slot", "backend")
+
+_OF_OBJECTS = frozenset((*VIEW_ATTRIBUTES, *SWITCH_ATTRIBUTES, "recipe"))
 
 
 def taken_name(module: nn.Module, base: type[nn.Module]) -> str | None:

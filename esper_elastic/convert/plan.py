@@ -303,7 +303,7 @@ class _Planner:
         modules_of = dict(self.model.named_modules())
         check_static(self.axes, self.runs.values(), {modules_of[path]: form for path, form in forms.items()})
         self._order(forms, elastic)
-        self._scale()
+        self._scale(forms)
         dims = [self._dim(atom) for atom in self.index]
         self._name(dims, forms)
         self._bind(dims)
@@ -332,7 +332,7 @@ class _Planner:
                     if atom in elastic:
                         self.index.setdefault(atom, len(self.index))
 
-    def _scale(self) -> None:
+    def _scale(self, forms: Mapping[str, Form]) -> None:
         """Let dims that count groups count channels: their widths are multiples of the group's."""
         grouped = self.axes.counted_in_groups()
         inner: dict[Atom, int] = {}
@@ -341,6 +341,11 @@ class _Planner:
             for stretch in self.axes.stretches(axis):
                 if stretch.atom is not None and not self._counts_groups(axis, stretch.atom):
                     inner[stretch.atom] = math.gcd(inner.get(stretch.atom, 0), stretch.inner)
+        for form in forms.values():  # a convolution whose groups are of two widths takes whole groups alone
+            widths = {stretch for axis in form.axes.values() for stretch in self.axes.stretches(axis) if stretch.atom in grouped}
+            for atom in {atom for atom, _ in widths if atom is not None}:
+                if len({inner for other, inner in widths if other is atom}) > 1:
+                    inner[atom] = 1
         self.scale = {atom: inner.get(atom, 1) if atom in grouped else 1 for atom in self.index}
 
     def _counts_groups(self, axis: Structure, atom: Atom) -> bool:
@@ -356,12 +361,16 @@ class _Planner:
         return PlannedDim("", n, n, floor, scale, [], atom.compact_only, atom.mixed)
 
     def _name(self, dims: list[PlannedDim], forms: Mapping[str, Form]) -> None:
+        """Name dims as ``ee.dims`` will."""
+        taken: set[str] = set()
         for path, form in forms.items():
             made = list(dict.fromkeys(atom for axis in form.produced for atom in atoms(axis) if atom in self.index))
             for index, atom in enumerate(made):
                 if not dims[self.index[atom]].name:
                     whole = path or next(key for key, own in form.tensors.items() if any(atom in atoms(axis) for axis in own))
-                    dims[self.index[atom]].name = whole if len(made) == 1 or not path else f"{path}:{index}"
+                    several = len(made) > 1 if path else whole in taken
+                    dims[self.index[atom]].name = f"{whole}:{index}" if several else whole
+                    taken.add(dims[self.index[atom]].name)
         for atom, index in self.index.items():
             if not dims[index].name:
                 name = next(n for n, axes in self.axes.tensors.items() if any(a is atom for axis in axes for a in atoms(axis)))
@@ -454,7 +463,8 @@ class _Planner:
             for index, axis in enumerate(self.axes.tensors.get(name, ())):
                 if not self._moves(axis) and size(axis) > 1:
                     reasons = [self.axes.why_fixed(atom) for atom in atoms(axis)]
-                    found.append(RigidAxis(name, index, size(axis), next((why for why in reasons if why), "nothing changes it")))
+                    vague = "nothing changes it" if reasons else "code tells its indices apart one by one"
+                    found.append(RigidAxis(name, index, size(axis), next((why for why in reasons if why), vague)))
         return found
 
     def _count(self) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.nn.modules import module as module_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -31,6 +31,7 @@ from .restore import as_it_was, plain_modules
 
 _LIBRARY = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
+_SMALL = 64
 
 
 class Value:
@@ -39,19 +40,27 @@ class Value:
     Attributes:
         shape: its sizes.
         stride: between indices of each axis.
+        offset: of its first element in memory.
         dtype: of its elements.
         name: of the parameter or buffer that it is, or ``None``.
         axes: what :mod:`axes` finds out of each axis.
+        content: numbers that it holds, where it is a small constant of the model's code.
     """
 
-    __slots__ = ("axes", "dtype", "name", "shape", "stride")
+    __slots__ = ("axes", "content", "dtype", "name", "offset", "shape", "stride")
 
     def __init__(self, tensor: Tensor, name: str | None = None) -> None:
         self.shape = tuple(int(n) for n in tensor.shape)
         self.stride = tuple(int(n) for n in tensor.stride())
+        self.offset = int(tensor.storage_offset())
         self.dtype = tensor.dtype
         self.name = name
         self.axes: list[Any] | None = None
+        self.content: list[Any] | None = None
+
+    def describes(self, tensor: Tensor) -> bool:
+        """Whether a tensor still has the sizes that this value has."""
+        return self.shape == tuple(tensor.shape) and self.stride == tuple(tensor.stride())
 
     def __repr__(self) -> str:
         return f"Value({self.name or ''}{list(self.shape)})"
@@ -236,6 +245,8 @@ def run(
         except Stop:
             raise
         except Exception as error:
+            if observer is not None:
+                observer(Failure(error, "forward", (), recorder.call, line_of(error)))
             raise recorder.explain(error) from error
     recorder.run.outputs = [recorder.value(tensor) for tensor in tensors_in(result)]
     return recorder.run
@@ -315,6 +326,9 @@ class _Recorder(TorchDispatchMode):
         if found is None:
             found = self.note(tensor, Value(tensor))
             self.run.constants.append(found)
+            if type(tensor) is Tensor and tensor.numel() <= _SMALL:
+                with _disable_current_modes():
+                    found.content = tensor.flatten().tolist()
         return found
 
     def _abstract(self, args: Any) -> Any:
@@ -326,13 +340,18 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # what device or type a tensor has
             return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled() and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # without autograd, which takes composite functions apart, they come here whole
+                return func.decompose(*args, **kwargs)
         call, line = self.call, _line()
         before, options = self._abstract(args), self._abstract(kwargs)
         result = _batch_norm(func, args) or func(*args, **kwargs)
         outputs = []
         for tensor in tensors_in(result):
             known = self.known.get(tensor)
-            outputs.append(self.note(tensor, Value(tensor)) if known is None else known)
+            if known is None or not known.describes(tensor):  # in place, as by transpose_, a tensor can come to be of another shape
+                known = self.note(tensor, Value(tensor))
+            outputs.append(known)
         node = Node(func, before, options, outputs, call, line)
         self.run.nodes.append(node)
         if self.observer is not None:

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from ..errors import ConversionError
 from ..layers import ElasticView
 from . import rules
 from .axes import Axes, short
+from .comparison import Comparison, Mismatch, kind
 from .names import taken_name
 from .sizes import known_sizes
 from .structure import Atom, Concat, Structure, atoms, mark, measure, mix, resolve, restrict, size, stiffen, undo, unify
-from .trace import Call, Example, Failure, Node, Run, Stop, Value, in_mode, line_of, run
+from .trace import Call, Example, Node, Run, Stop, Value, in_mode, line_of, run
 
 #: A size that a module keeps: ``(module, attribute, index)``, the index of a tuple's element or ``None``.
 Place = tuple[nn.Module, str, int | None]
@@ -37,22 +38,12 @@ class Mode(NamedTuple):
     grad: bool
 
 
-class Mismatch(NamedTuple):
-    """Where a run at other widths left what axes predict."""
-
-    at: int
-    node: Node | None  # of the first run
-    literals: list[tuple[int, int]]  # integers in the op's arguments, then and now
-    call: Call
-    line: str
-    what: str
-
-
 class Verification:
     """The runs of one model, what is known of its axes, and the sizes that its modules keep.
 
     Attributes:
         follows: sizes that modules keep -> the axis that each follows.
+        computed: the first op that the latest run called with other numbers than the first run, if any.
     """
 
     def __init__(self, model: nn.Module, example: Example, axes: Axes, runs: Mapping[Mode, Run]) -> None:
@@ -61,20 +52,62 @@ class Verification:
         self.axes = axes
         self.runs = runs
         self.follows: dict[Place, Structure] = known_sizes(model, axes)
+        self.computed: Node | None = None
         self.attempts = 0
         self._followers: dict[nn.Module, bool] = {}
         self._width: Callable[[Atom], int] = lambda atom: atom.size  # in the last run
 
     def settle(self) -> None:
         """Find attributes to follow, axes to tie and dims to leave as they are, until code goes along at two more widths."""
+        self._settle_written()
+        computing = {}
         for mode, first in self.runs.items():
             self._settle(mode, first, 0)
+            if self.computed is not None:
+                computing[mode] = first
         self._settle(*list(self.runs.items())[-1], 1)
+        if self._settle_written():
+            self.settle()
+            return
+        for mode, first in computing.items():
+            self._attribute(mode, first, self.axes.choose())
 
     def _settle(self, mode: Mode, first: Run, trial: int) -> None:
         mismatch = self._try(mode, first, trial)
         while mismatch is not None:
             mismatch = self._mend(mode, first, trial, mismatch)
+
+    def _settle_written(self) -> bool:
+        """What code writes in place has to be seen as a view of storage: one stretch of it, in compact layout. Whether that took a dim."""
+        taken = False
+        for name in self.axes.written:
+            for axis in self.axes.tensors[name]:
+                self.axes.choose()
+                if self._moves(axis) and len(self.axes.stretches(axis)) > 1:
+                    stiffen(axis, f"code writes part of a tensor in place: {name}")
+                    taken = True
+                elif self._moves(axis):
+                    restrict(axis, f"code writes a tensor in place: {name}")
+        return taken
+
+    def _attribute(self, mode: Mode, first: Run, suspects: list[Atom]) -> None:
+        """Find the dims that code computes numbers from, by halves: in static layout these would count what sleeps."""
+        widths = {atom: n for atom, n in self.widths(0).items() if atom in suspects}
+        mismatch = self._try(mode, first, 0, widths)
+        while mismatch is not None:  # it took all dims together to go along
+            self._leave(mismatch)
+            widths = {atom: n for atom, n in widths.items() if self.axes.elastic(atom)}
+            mismatch = self._try(mode, first, 0, widths)
+        if self.computed is None or not widths:
+            return
+        if len(widths) == 1:
+            why = f"code computes a number from sizes ({short(self.computed.line)})"
+            restrict(tuple(widths), why)
+            mix(tuple(widths), why)
+            return
+        suspects = list(widths)
+        for half in (suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]):
+            self._attribute(mode, first, half)
 
     def _mend(self, mode: Mode, first: Run, trial: int, mismatch: Mismatch) -> Mismatch | None:
         """Apply the first remedy that takes the run further; if none does alone, the first two that do together."""
@@ -136,14 +169,16 @@ class Verification:
     def widths(self, trial: int) -> dict[Atom, int]:
         """Widths of all elastic atoms, as distinct as can be, so that a size tells whose it is."""
         generator = random.Random(trial)
-        taken: set[int] = set()
+        taken: Counter[int] = Counter()
         found = {}
         for atom in sorted(self.axes.choose(), key=lambda atom: atom.size):
             low = max(atom.minimum, min(2, atom.size - 1))
             options = list(range(low, atom.size))
             generator.shuffle(options)
-            found[atom] = next((n for n in options if n not in taken), options[0] if options else atom.size)
-            taken.add(found[atom])
+            if trial or not options:  # now some may stay, so that others of the same few options can part from them
+                options.append(atom.size)
+            found[atom] = min(options, key=lambda n: taken[n] + (n == atom.size) / 2)
+            taken[found[atom]] += 1
         return found
 
     def _try(self, mode: Mode, first: Run, trial: int, widths: dict[Atom, int] | None = None) -> Mismatch | None:
@@ -155,7 +190,7 @@ class Verification:
 
         self._width = width
         shapes = {name: tuple(measure(axis, width) for axis in axes) for name, axes in self.axes.tensors.items()}
-        observer = _Comparison(first, width)
+        observer = Comparison(first, width)
         try:
             with in_mode(self.model, mode.training):
                 run(
@@ -174,6 +209,7 @@ class Verification:
                 call = first.calls[call.order] if 0 <= call.order < len(first.calls) else call
                 what = f"{type(error.__cause__).__name__}: {error.__cause__}"
                 observer.mismatch = Mismatch(observer.reached, None, [], call, line_of(error.__cause__ or error), what)
+        self.computed = observer.computed
         return observer.mismatch
 
     def _attributes(self, width: Any) -> dict[tuple[nn.Module, str], Any]:
@@ -199,9 +235,16 @@ class Verification:
             if place not in self.follows and key not in seen:
                 seen.add(key)
                 yield partial(self._generalise, first, mismatch, place, axis)
+        for pairs in list(self._lists_to_follow(mismatch)):
+            if any(place not in self.follows for place, _ in pairs):
+                yield partial(self._generalise_all, first, mismatch, pairs)
         parts = self._parts_of_followed_sizes(mismatch)
         if parts:
             yield partial(self._tie_all, mismatch, parts)
+        for part in list(self._literal_parts(mismatch)):
+            if resolve(part) not in seen:
+                seen.add(resolve(part))
+                yield partial(stiffen, part, f"code keeps its size ({short(mismatch.line)}: {mismatch.what})")
         for one, other in list(self._ties(mismatch)):
             key = (resolve(one), resolve(other))
             if key not in seen:
@@ -228,6 +271,25 @@ class Verification:
         if module not in self._followers:
             self._followers[module] = taken_name(module, ElasticView) is None
         return self._followers[module]
+
+    def _lists_to_follow(self, mismatch: Mismatch) -> Iterator[list[tuple[Place, Structure]]]:
+        """Attributes that list the sizes of all parts of an axis, as a split takes them."""
+        factors = [factor for axis in self._axes_of(mismatch) for factor in resolve(axis) if isinstance(factor, Concat)]
+        for call, factor in itertools.product(mismatch.call.chain(), factors):
+            for name, value in list(vars(call.module).items()) if self._may_follow(call.module) else ():
+                if isinstance(value, tuple | list) and list(value) == [size(part) for part in factor.parts]:
+                    yield [((call.module, name, index), part) for index, part in enumerate(factor.parts)]
+
+    def _literal_parts(self, mismatch: Mismatch) -> Iterator[Structure]:
+        """First and last parts of the operands' axes whose size is written in code, or that with a minus sign, as in ``x[:, 3:]``."""
+        stuck = {abs(then) for then, now in mismatch.literals if then == now}
+        if mismatch.node is None:
+            return
+        for value in rules.values((mismatch.node.args, mismatch.node.kwargs)):
+            for axis in value.axes or []:
+                for factor in resolve(axis)[:1]:
+                    if isinstance(factor, Concat):
+                        yield from (part for part in (factor.parts[0], factor.parts[-1]) if size(part) in stuck and self._moves(part))
 
     def _ties(self, mismatch: Mismatch) -> Iterator[tuple[Structure, Structure]]:
         """Axes whose size code took, and the axes that were predicted in their place."""
@@ -289,11 +351,16 @@ class Verification:
             if not self._may_follow(call.module):
                 continue
             node = first.nodes[call.start + offset]
-            if mismatch.node is None or _kind(node.op) != _kind(mismatch.node.op):
+            if mismatch.node is None or kind(node.op) != kind(mismatch.node.op):
                 continue
             found = _find(_values(node), where)
             if found is not None and _kept(call.module, name, index) == size(found):
                 self.follows[other] = found
+
+    def _generalise_all(self, first: Run, mismatch: Mismatch, pairs: list[tuple[Place, Structure]]) -> None:
+        for place, axis in pairs:
+            if place not in self.follows:
+                self._generalise(first, mismatch, place, axis)
 
     def _tie(self, first: Run, mismatch: Mismatch, one: Structure, other: Structure) -> None:
         """Make one of two axes, and of those in the same places of the calls of other modules of the class."""
@@ -308,7 +375,7 @@ class Verification:
                 if type(call.module) is type(home.module) and call is not home and call.start + offset < len(first.nodes):
                     node = first.nodes[call.start + offset]
                     here, there = _find(_values(node), where), _find(call.inputs, source)
-                    if _kind(node.op) == _kind(mismatch.node.op) and here is not None and there is not None and size(here) == size(there):
+                    if kind(node.op) == kind(mismatch.node.op) and here is not None and there is not None and size(here) == size(there):
                         pairs.append((here, there))
         for here, there in pairs:
             unify(here, there, why)
@@ -388,89 +455,3 @@ def _integers(value: Any) -> Iterator[tuple[int | None, int]]:
 def _kept(module: nn.Module, name: str, index: int | None) -> int | None:
     value = module.__dict__.get(name)
     return next((number for at, number in _integers(value) if at == index), None)
-
-
-#: Ops that some widths need and others do not: they leave values as they are.
-_OPTIONAL = ("clone", "alias", "detach", "contiguous")
-
-
-def _kind(op: Any) -> str:
-    name = rules.op_name(op)
-    return "view" if rules.RULES.get(name) in (rules.RULES["view"], rules.RULES["as_strided"]) else name
-
-
-class _Comparison:
-    """Compares a run with the first one as it goes, and ends it where they part."""
-
-    def __init__(self, first: Run, width: Any) -> None:
-        self.first = first
-        self.width = width
-        self.nodes = [index for index, node in enumerate(first.nodes) if _kind(node.op) not in _OPTIONAL]
-        self.count = 0
-        self.last: Call | None = None
-        self.mismatch: Mismatch | None = None
-
-    def __call__(self, event: Node | Failure) -> None:
-        if isinstance(event, Node) and _kind(event.op) in _OPTIONAL:
-            return
-        self.last = event.call
-        index = self.nodes[self.count] if self.count < len(self.nodes) else len(self.first.nodes)
-        known = self.first.nodes[index] if index < len(self.first.nodes) else None
-        if isinstance(event, Failure):
-            if known is not None and known.line != event.line:
-                known = None
-            self._end(event, known, index, (event.args,), f"{type(event.error).__name__}: {event.error}")
-        elif known is None or _kind(known.op) != _kind(event.op):
-            self._end(event, None, index, (), f"it runs {rules.op_name(event.op)} where it ran {_ran(known)}")
-        else:
-            self.count += 1
-            if rules.find(known.op) is rules.pointwise and _numbers((known.args, known.kwargs)) != _numbers((event.args, event.kwargs)):
-                self._note_scale(known, event)
-            for then, now in zip(known.outputs, event.outputs, strict=True):
-                predicted = tuple(measure(axis, self.width) for axis in then.axes or [])
-                if predicted != now.shape:
-                    what = f"{rules.op_name(event.op)} gives {list(now.shape)}, expected {list(predicted)}"
-                    self._end(event, known, index, (event.args, event.kwargs), what)
-
-    def _note_scale(self, known: Node, event: Node) -> None:
-        """A number that code computes from sizes: in static layout it would count what sleeps."""
-        call = self.first.calls[event.call.order] if 0 <= event.call.order < len(self.first.calls) else event.call
-        for value in (*_values(known), *call.inputs):
-            for axis in value.axes or []:
-                why = f"code computes a number from sizes ({short(known.line)})"
-                restrict(axis, why)
-                mix(axis, why)
-
-    def _end(self, event: Node | Failure, known: Node | None, index: int, arguments: Any, what: str) -> None:
-        then = [] if known is None else list(_literals((known.args, known.kwargs)))
-        now = list(_literals(arguments))
-        call = self.first.calls[event.call.order] if 0 <= event.call.order < len(self.first.calls) else event.call
-        self.mismatch = Mismatch(index, known, list(zip(then, now, strict=False)), call, event.line, " ".join(what.split())[:200])
-        raise Stop
-
-    @property
-    def reached(self) -> int:
-        """How far the run came, in ops of the first one."""
-        return self.nodes[self.count] if self.count < len(self.nodes) else len(self.first.nodes)
-
-
-def _ran(node: Node | None) -> str:
-    return "nothing" if node is None else rules.op_name(node.op)
-
-
-def _numbers(tree: Any) -> list[float]:
-    """The numbers among arguments."""
-    return [x for x in tree_leaves(tree) if isinstance(x, int | float) and not isinstance(x, bool)]
-
-
-def _literals(tree: Any) -> Iterator[int]:
-    if isinstance(tree, bool):
-        return
-    if isinstance(tree, int):
-        yield tree
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from _literals(item)
-    elif isinstance(tree, tuple | list):
-        for item in tree:
-            yield from _literals(item)

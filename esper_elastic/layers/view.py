@@ -157,8 +157,8 @@ class ElasticView(ElasticLayer):
         """What code sees of a size that the module keeps."""
         kept = self._sizes[name]
         if type(kept) is tuple:
-            return type(self.__dict__[name])(self._size(item) for item in kept)
-        return self._size(kept)
+            return type(self.__dict__[name])(self._size_of(item) for item in kept)
+        return self._size_of(kept)
 
     def active_size(self, name: str) -> Any:
         """A size that the module keeps, in active units."""
@@ -167,7 +167,7 @@ class ElasticView(ElasticLayer):
             return type(self.__dict__[name])(item.axis.active // item.over if isinstance(item, Size) else item for item in kept)
         return kept.axis.active // kept.over
 
-    def _size(self, kept: Any) -> Any:
+    def _size_of(self, kept: Any) -> Any:
         if not isinstance(kept, Size):
             return kept
         return (kept.axis.capacity if self._widths.static else kept.axis.active) // kept.over
