@@ -9,10 +9,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+CASES = sorted((ROOT / "benchmarks" / "gpu").glob("bench_*.py"))
+LONG = ("bench_memory", "bench_models")  # whole models in the interpreter
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU they are no dry run: `make bench-gpu`")
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "gpu").glob("bench_*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] if path.stem in LONG else [], id=path.stem) for path in CASES]
+)
 def test_gpu_benchmarks_run_dry(path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "ESPER_ELASTIC_BACKEND": "triton"}
     done = subprocess.run(

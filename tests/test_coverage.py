@@ -12,6 +12,9 @@ import esper_elastic as ee
 #: Recurrent layers stay rigid; a graph network mixes nodes by index.
 EXEMPT = ("lstm", "graph_convolution", "graph_attention")
 
+#: One of each kind; `make coverage-models` and the slow tests measure all.
+QUICK = ("resnet_basic", "densenet", "mobilenet_v3", "shufflenet_v2", "unet", "swin", "vit_multihead", "gpt2", "llama", "graph_attention")
+
 
 def check(case: Case, each: bool) -> None:
     model = built(case)
@@ -25,7 +28,7 @@ def check(case: Case, each: bool) -> None:
         assert all(name.rpartition(".")[2] in modules[name.rpartition(".")[0]]._parameters for name in group.names)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", QUICK)
 def test_ninety_percent_halve_together(name):
     check(MODELS[name], each=False)
 
