@@ -23,7 +23,8 @@ from ..layers.base import at_capacity, write_active
 from ..layers.view import Size
 from ..optim.guard import widen_state
 from .dynamic import Recipe, make_class
-from .plan import Plan, PlannedModule, Stretches, make_plan
+from .plan import Plan, PlannedModule, Stretches
+from .planner import make_plan
 from .restore import or_nothing
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
