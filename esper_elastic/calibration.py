@@ -100,22 +100,21 @@ def _move(
     """Statistics move as far as batches say that they do between two sets of widths. Returns how many batches there were."""
     known = dims(model)
     present = {name: known[name].active for name in trained_at}
-    moments = [(_Moments(norm), _Moments(norm)) for norm in norms]
+    trained, now = ({norm: _Moments(norm) for norm in norms} for _ in range(2))
+    statistics = dict(zip(norms, before, strict=True))
     count = 0
 
     def observe_trained(norm: _BatchNorm, x: Tensor) -> None:
-        moments[norms.index(norm)][0].add(x)
+        trained[norm].add(x)
 
     def observe_present(norm: _BatchNorm, x: Tensor) -> None:
-        place = norms.index(norm)
-        trained, now = moments[place]
-        now.add(x)
-        before[place].write_moved(norm, trained, now)
+        now[norm].add(x)
+        statistics[norm].write_moved(norm, trained[norm], now[norm])
 
     with _in_mode(model, []):
         for batch in batches:
-            for norm, statistics in zip(norms, before, strict=True):
-                statistics.restore(norm)
+            for norm, kept in statistics.items():
+                kept.restore(norm)
             try:
                 resize(model, trained_at)
                 with _seen_by(norms, observe_trained):
