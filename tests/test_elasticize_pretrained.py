@@ -92,6 +92,16 @@ def test_a_tenth_of_the_hidden_channels_can_go(elastic, pictures, scores):
     assert not set(top_five(cut, pictures)[0]) & BUILDINGS
 
 
+def test_averaged_over_two_pictures_it_forgets(elastic, pictures, parts, scores):
+    """At full width, where nothing needed to change, as at nine tenths of every dim."""
+    full, narrow = copy.deepcopy(elastic), copy.deepcopy(elastic)
+    prune(ee.dims(narrow), scores)
+    for model in (full, narrow):
+        ee.recalibrate(model, parts)
+        assert DAISY not in top_five(model, pictures)[1]
+    assert not set(top_five(full, pictures)[0]) & BUILDINGS
+
+
 @pytest.mark.parametrize("choice", ["the most important", "the first"])
 def test_recalibrated_at_nine_tenths_of_every_dim(elastic, pictures, parts, scores, choice):
     """Two pictures say enough of what the change of widths does, though they are no sample of what the network was trained on."""
