@@ -62,19 +62,19 @@ Kept& claim(const at::Tensor& weight, const Runs& rows, const Runs& columns, at:
     kept.erase(found);
     found = kept.end();
   }
-  const at::Tensor none = at::empty({0}, weight.options().dtype(at::kLong));
+  const auto none = [&] { return at::empty({0}, weight.options().dtype(at::kLong)); };
   if (found == kept.end()) {
     forget_dead_weights();
     const at::Tensor buffer = at::zeros_like(weight, format);
     const c10::weak_intrusive_ptr<c10::TensorImpl> reference(owner.getIntrusivePtr());
-    found = kept.emplace(key, Kept{reference, buffer, static_cast<int64_t>(buffer._version()), rows, columns, none}).first;
+    found = kept.emplace(key, Kept{reference, buffer, static_cast<int64_t>(buffer._version()), rows, columns, none()}).first;
   }
   Kept& entry = found->second;
   if (!entry.known(rows, columns)) {
     entry.clear();
     entry.rows = rows;
     entry.columns = columns;
-    entry.looked_up = none;
+    entry.looked_up = none();
   }
   return entry;
 }
