@@ -1,0 +1,261 @@
+"""One edit under way: the model, what is known of its calls, what has been done so far and where it has to be tried."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from ..convert.arguments import nearest
+from ..convert.trace import Example, Run, run
+from ..errors import ConversionError, TopologyError
+from .calls import Calls, CallSpec, TensorSpec
+from .edited import EDITS, Edits
+from .inputs import known_inputs
+from .trial import calls_of, smallest_closed
+
+
+class Edit:
+    """What the operations of the surgeon work on.
+
+    Args:
+        model: to be edited.
+        given: example inputs, or ``None``.
+        preserve: whether the function is to be kept.
+        known: what an earlier edit decided that this one repeats, from a journal.
+
+    Attributes:
+        name: path of what the edit has made or changed.
+        details: what it has decided, as JSON-able data.
+        steps: what it has done, a line each.
+        warnings: what could not be checked.
+    """
+
+    def __init__(self, model: nn.Module, given: Any = None, *, preserve: bool = True, known: dict[str, Any] | None = None) -> None:
+        self.model = model
+        self.given = given
+        self.preserve = preserve
+        self.known = known or {}
+        self.name = ""
+        self.details: dict[str, Any] = {}
+        self.steps: list[str] = []
+        self.warnings: list[str] = []
+        self._touched: list[str] = []
+
+    # What is there
+
+    @functools.cached_property
+    def paths(self) -> dict[str, nn.Module]:
+        """Every module under each of its names, as they were when the edit began."""
+        return dict(self.model.named_modules(remove_duplicate=False))
+
+    def module(self, path: str) -> nn.Module:
+        """The module of a path.
+
+        Raises:
+            TopologyError: there is none.
+        """
+        found = self.paths.get(path) if path else None
+        if found is not None:
+            return found
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            pass
+        named = [name for name in self.paths if name]
+        raise TopologyError(f"{path!r} names no module of {type(self.model).__name__}. {nearest(path, named)}")
+
+    def layer(self, path: str) -> nn.Module:
+        """The module of a path that may be edited: neither the model itself nor what holds edits."""
+        module = self.module(path)
+        if module is self.model:
+            raise TopologyError(f"{path!r}: expected a module inside of {type(self.model).__name__}, got the model itself.")
+        if isinstance(module, Edits):
+            raise TopologyError(f"{path!r}: expected a layer, got the place where edits of {path.removesuffix('.' + EDITS)!r} are kept.")
+        return module
+
+    def names_of(self, module: nn.Module) -> list[str]:
+        """Every path of a module."""
+        return [path for path, known in self.model.named_modules(remove_duplicate=False) if known is module]
+
+    def inside(self, path: str, outer: str) -> bool:
+        """Whether a module lies inside of another one."""
+        inner = self.module(path)
+        return any(part is inner for part in self.module(outer).modules()) and inner is not self.module(outer)
+
+    def like(self, module: nn.Module) -> dict[str, Any]:
+        """Device and type that new parameters at a module are to have: those of its first floating parameter, else of the model's."""
+        for owner in (module, self.model):
+            for parameter in owner.parameters():
+                if parameter.is_floating_point():
+                    return {"device": parameter.device, "dtype": parameter.dtype}
+        return {}
+
+    def neighbour(self, module: nn.Module) -> nn.Parameter | None:
+        """A trainable parameter of a module, whose optimizer group new ones join."""
+        return next((parameter for parameter in module.parameters() if parameter.requires_grad), None)
+
+    # What is known of calls
+
+    @functools.cached_property
+    def calls(self) -> Calls | None:
+        """The calls of one pass through the model, recorded before the edit; ``None`` if no input is known."""
+        return calls_of(self.model, self.given)
+
+    def check_called(self, path: str) -> None:
+        """Refuse an edit at a module whose output an insertion would miss, or meet twice.
+
+        Raises:
+            TopologyError: it is never called, or has parameters and is called more than once.
+        """
+        self.layer(path)
+        if self.calls is None:
+            return
+        count = self._count(path)
+        module = self.module(path)
+        if not count:
+            raise TopologyError(
+                f"{path!r} ({type(module).__name__}) is never called as a module in {type(self.model).__name__}'s forward: its "
+                "tensors are read by other code, or it is not used. An edit there would have no effect; choose the module around it."
+            )
+        if count > 1 and any(True for _ in module.parameters()):
+            raise TopologyError(
+                f"{path!r} ({type(module).__name__}) has parameters and is called {count} times in one pass: the edit would change every "
+                "call. Edit the modules around it, or give each call a module of its own."
+            )
+
+    def _count(self, path: str) -> int:
+        assert self.calls is not None
+        module = self.module(path)
+        return max((len(self.calls.of(name)) for name in {path, *self.names_of(module)}), default=0)
+
+    def call(self, path: str) -> CallSpec | None:
+        """The first call of a module, if known."""
+        if self.calls is None:
+            return None
+        for name in dict.fromkeys((path, *self.names_of(self.module(path)))):
+            for call in self.calls.of(name):
+                return call
+        return None
+
+    def other_reader(self, path: str, name: str) -> str | None:
+        """A module whose forward reads a tensor of another one."""
+        readers = () if self.calls is None else self.calls.readers(f"{path}.{name}")
+        return next((repr(reader) if reader else "the model's own forward" for reader in readers), None)
+
+    def run_around(self, path: str) -> Run | None:
+        """A recorded run of the module around another one, if it can be called again."""
+        around = path.rpartition(".")[0]
+        while EDITS in around.split("."):
+            around = around.rpartition(".")[0]
+        call = self.call(around)
+        while around and (call is None or not call.repeatable):
+            around = around.rpartition(".")[0]
+            call = self.call(around)
+        if call is None or not call.repeatable:
+            return None
+        example = Example(())
+        example.args, example.kwargs = pytree.tree_map(_stand_in, (call.args, call.kwargs))
+        try:
+            return run(self.module(around) if around else self.model, example)
+        except ConversionError:
+            return None
+
+    @functools.cached_property
+    def batch(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Arguments to run the model on, if known."""
+        return known_inputs(self.model, self.given)
+
+    def shape_in(self, path: str) -> tuple[int, ...] | None:
+        """The shape of the first tensor that a module is called with, if known."""
+        call = self.call(path)
+        return None if call is None else first_shape((call.args, call.kwargs))
+
+    def shape_out(self, path: str) -> tuple[int, ...] | None:
+        """The shape of the first tensor that a module gives, if known."""
+        call = self.call(path)
+        return None if call is None else first_shape(call.result)
+
+
+    # What is done
+
+    def replace(self, layer: nn.Module, made: nn.Module) -> None:
+        """Let a module take another one's place under each of its names, and in attributes that name it, alone or in a list or dict."""
+        for module in self.model.modules():
+            attributes = vars(module)
+            for holder in (attributes, *(value for value in attributes.values() if isinstance(value, list | dict))):
+                for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+                    if value is layer:
+                        holder[key] = made
+
+    def done(self, path: str, step: str) -> None:
+        """Note a step; ``path`` is what the edit has made or changed, unless an earlier step has said so."""
+        self.name = self.name or path
+        self.steps.append(f"{path}: {step}" if path else step)
+
+    def warn(self, message: str) -> None:
+        """Note what could not be checked."""
+        self.warnings.append(message)
+
+    def touch(self, *paths: str) -> None:
+        """Note modules whose outputs, or whose children's, have changed."""
+        self._touched.extend(paths)
+
+    def try_out(self) -> None:
+        """Run the smallest module that holds every change, on fake tensors, and those around it until one gives what it gave before.
+
+        Raises:
+            TopologyError: the code of the model does not take the change.
+        """
+        if self.calls is None:
+            self.warn("no input of the model is known: the edit was not tried. Give ModelSurgeon example_inputs.")
+            return
+        outcome = smallest_closed(self.model, self._enclosing(), self.calls)
+        if outcome.error is not None:
+            raise TopologyError(f"after the edit the model fails: {outcome.error}")
+
+    def _enclosing(self) -> str:
+        """The path of the smallest module that holds all that was touched, each by its parent."""
+        parents = [path.rpartition(".")[0].split(".") if "." in path else [] for path in self._touched]
+        common = parents[0] if parents else []
+        for parts in parents[1:]:
+            same = 0
+            while same < min(len(common), len(parts)) and common[same] == parts[same]:
+                same += 1
+            common = common[:same]
+        return ".".join(common)
+
+
+def first_shape(specs: Any) -> tuple[int, ...] | None:
+    """The shape of the first tensor in a tree of specs."""
+    return next((leaf.shape for leaf in pytree.tree_leaves(specs) if isinstance(leaf, TensorSpec)), None)
+
+
+def _stand_in(leaf: Any) -> Any:
+    """A tensor of a spec, whose values nobody reads."""
+    if not isinstance(leaf, TensorSpec):
+        return leaf
+    return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+
+
+def fake_shape(layer: nn.Module, shape: tuple[int, ...], **like: Any) -> tuple[int, ...]:
+    """The shape that a layer gives for an input of a shape; nothing is computed.
+
+    Raises:
+        TopologyError: it does not take such an input.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, torch.no_grad():
+        tensors = {name: torch.empty_like(t) for name, t in (*layer.named_parameters(), *layer.named_buffers())}
+        try:
+            result = functional_call(layer, tensors, (torch.empty(shape, **like),))
+        except Exception as error:
+            raise TopologyError(f"{layer}: does not take an input of shape {shape}: {error}") from error
+    if not isinstance(result, Tensor):
+        raise TopologyError(f"{layer}: expected a layer that gives one tensor, got {type(result).__name__}.")
+    return tuple(result.shape)

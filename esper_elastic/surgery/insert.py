@@ -1,0 +1,204 @@
+"""Adding a layer: where it goes, what weights it starts with, and what follows if it gives another number of channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SurgeryError, TopologyError
+from . import widths
+from .edit import Edit, fake_shape
+from .edited import edits_of, gate_name
+from .specs import LayerSpec
+from .undo import added, save_values
+
+_SIDES = ("before", "after")
+
+#: Layers that keep the function of a network in evaluation as they are.
+_NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def add_layer(edit: Edit, position: str, layer: nn.Module | LayerSpec) -> None:
+    """Insert a layer directly before or after a module: ``position`` is ``"before_<path>"`` or ``"after_<path>"``."""
+    side, path = parse_position(position)
+    host = edit.layer(path)
+    edit.check_called(path)
+    made = layer.build() if isinstance(layer, LayerSpec) else layer
+    _check_layer(edit, made)
+    like = edit.like(host)
+    made.to(**like)
+    edits = edits_of(host, path)
+    name = edits.free_name(side)
+    full = f"{path}.edits.{name}"
+    place = edits.before if side == "before" else edits.after
+    place.insert(len(place) if side == "before" else 0, name)
+
+    shape = edit.shape_in(path) if side == "before" else edit.shape_out(path)
+    have, want = _channel_change(made, shape, host, side, like)
+    if have != want:
+        edits._modules[name] = stand_in = _square(made, have, shape).to(**like)
+        _widen(edit, full, stand_in, have, want)
+    edits._modules[name] = made
+    made.train(host.training)
+    kept = "weights as given"
+    if edit.preserve and not isinstance(made, _NEUTRAL):
+        if make_identity(made):
+            kept = "starts as the identity"
+        elif _gateable(made, shape, have, want, like):
+            edits.register_parameter(gate_name(name), nn.Parameter(torch.zeros((), **like)))
+            kept = "added to its input through a gate that starts at zero"
+        else:
+            kept = "cannot start as the identity: it changes the resolution"
+            edit.details["function_kept"] = False
+    near = edit.neighbour(host)
+    for parameter in (*made.parameters(), *(p for p in [edits._parameters.get(gate_name(name))] if p is not None)):
+        added(parameter, near)
+    edit.touch(path)
+    edit.done(full, f"insert {type(made).__name__} {side} {path}; {kept}")
+
+
+def parse_position(position: Any) -> tuple[str, str]:
+    """``"after_conv2"`` as ``("after", "conv2")``.
+
+    Raises:
+        SurgeryError: it is no position.
+    """
+    if isinstance(position, str):
+        side, underscore, path = position.partition("_")
+        if side in _SIDES and underscore and path:
+            return side, path
+    raise SurgeryError(f"position: expected 'before_<path>' or 'after_<path>' of a module, as 'after_layer1.0.conv1', got {position!r}.")
+
+
+def _check_layer(edit: Edit, layer: Any) -> None:
+    if not isinstance(layer, nn.Module):
+        raise SurgeryError(f"layer: expected an nn.Module or a LayerSpec, got {type(layer).__name__}.")
+    if layer is edit.model or any(part is edit.model for part in layer.modules()):
+        raise TopologyError(f"layer: {type(layer).__name__} holds the model that it is to be inserted into.")
+    known = {id(module): path for path, module in edit.paths.items()}
+    for part in layer.modules():
+        if id(part) in known:
+            raise TopologyError(f"layer: it is in the model already, as {known[id(part)]!r}. Insert a copy (copy.deepcopy).")
+    tensors = {id(p): name for name, p in edit.model.named_parameters()}
+    shared = next((tensors[id(p)] for p in layer.parameters() if id(p) in tensors), None)
+    if shared is not None:
+        raise TopologyError(f"layer: it shares the parameter {shared!r} with the model. Insert a layer with parameters of its own.")
+
+
+# Weights that keep the function
+
+
+def make_identity(layer: nn.Module) -> bool:
+    """Overwrite the weights of a linear layer or convolution so that it passes on its input, followed by what its further rows give.
+
+    Returns:
+        whether that is possible; otherwise nothing has changed.
+    """
+    if getattr(layer, "parametrizations", None):
+        return False
+    if type(layer) is nn.PReLU:
+        save_values(layer.weight)
+        with torch.no_grad():
+            layer.weight.fill_(1)
+        return True
+    if type(layer) is nn.Linear and layer.out_features >= layer.in_features:
+        _write_identity(layer.weight, layer.bias, layer.in_features, ())
+        return True
+    if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and keeps_size(layer):
+        into, out, groups = layer.in_channels, layer.out_channels, layer.groups
+        if out == into or (groups == 1 and out > into):
+            _write_identity(layer.weight, layer.bias, into, tuple(k // 2 for k in layer.kernel_size))
+            return True
+    return False
+
+
+def keeps_size(conv: Any) -> bool:
+    """Whether a convolution gives as many pixels as it takes, each under the centre of its window."""
+    if any(s != 1 for s in conv.stride) or any(k % 2 == 0 for k in conv.kernel_size) or conv.padding_mode != "zeros":
+        return False
+    if conv.padding == "same":
+        return True
+    if conv.padding == "valid":
+        return all(k == 1 for k in conv.kernel_size)
+    return all(2 * p == d * (k - 1) for p, d, k in zip(conv.padding, conv.dilation, conv.kernel_size, strict=True))
+
+
+def _write_identity(weight: Tensor, bias: Tensor | None, units: int, centre: tuple[int, ...]) -> None:
+    """Let the first ``units`` rows pass on the input, and leave the others as they are."""
+    save_values(weight[:units], *([] if bias is None else [bias[:units]]))
+    with torch.no_grad():
+        weight[:units] = 0
+        width = weight.shape[1]  # of a group
+        for unit in range(units):
+            weight[(unit, unit % width, *centre)] = 1
+        if bias is not None:
+            bias[:units] = 0
+
+
+def _gateable(layer: nn.Module, shape: tuple[int, ...] | None, have: int, want: int, like: dict[str, Any]) -> bool:
+    if shape is None:
+        return True
+    out = fake_shape(layer, shape, **like)
+    return len(out) == len(shape) and sum(a != b for a, b in zip(shape, out, strict=True)) == (have != want)
+
+
+# Channels
+
+
+def _channel_change(layer: nn.Module, shape: tuple[int, ...] | None, host: nn.Module, side: str, like: dict[str, Any]) -> tuple[int, int]:
+    """How many channels a layer takes and gives; equal numbers where it changes none, or nothing but the resolution.
+
+    Raises:
+        TopologyError: it does not take what the place has.
+    """
+    declared_in = next((n for part in layer.modules() if (n := declared(part, "in")) is not None), None)
+    if shape is None:
+        given = declared(host, "out" if side == "after" else "in")
+        declared_out = next((n for part in reversed(list(layer.modules())) if (n := declared(part, "out")) is not None), None)
+        if declared_in is not None and given is not None and given != declared_in:
+            raise TopologyError(f"layer: {layer} takes {declared_in} channels, but {type(host).__name__} has {given} there.")
+        if declared_in is None or declared_out is None:
+            return 0, 0
+        return declared_in, declared_out
+    out = fake_shape(layer, shape, **like)
+    axis = channel_axis(layer, len(shape))
+    if len(out) != len(shape):
+        return 0, 0
+    return shape[axis], out[axis]
+
+
+def declared(module: nn.Module, side: str) -> int | None:
+    """The number of channels or features that a layer says it takes (``"in"``) or gives (``"out"``)."""
+    for name in (f"{side}_channels", f"{side}_features", "num_features", "num_channels"):
+        value = getattr(module, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def channel_axis(layer: nn.Module, rank: int) -> int:
+    """Where the channels of a layer's input and output lie."""
+    channelled = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+    return 1 if rank > 3 or any(isinstance(part, channelled) for part in layer.modules()) else rank - 1
+
+
+def _square(layer: nn.Module, channels: int, shape: tuple[int, ...] | None) -> nn.Module:
+    """A layer over as many channels as it gives, to find out what depends on them."""
+    rank = len(shape) if shape is not None else next((p.dim() for p in layer.parameters() if p.dim() > 1), 2)
+    if channel_axis(layer, rank) == rank - 1:
+        return nn.Linear(channels, channels, bias=False)
+    kind: Any = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[rank]
+    made: nn.Module = kind(channels, channels, 1, bias=False)
+    return made
+
+
+def _widen(edit: Edit, path: str, stand_in: nn.Module, have: int, want: int) -> None:
+    """Adapt everything behind a layer to another number of channels, on behalf of a stand-in at its place."""
+    del stand_in
+    coupled = widths.find(edit.model, f"{path}.weight", 0, edit.inputs)
+    coupled.resize(want, preserve=edit.preserve)
+    if want < have:
+        edit.details["function_kept"] = False
+    edit.steps.extend(step for step in coupled.steps if not step.startswith(path))

@@ -1,0 +1,193 @@
+"""Removing a layer: what takes its place, who takes over what it did, and every reference to it cleaned up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..convert.restore import as_it_was
+from ..errors import TopologyError
+from .bridges import Pass, Projection
+from .calls import TensorSpec
+from .edit import Edit
+from .edited import EDITS, Edits, edits_of, first_tensor, gate_name, release, set_removed
+from .folding import fold, neighbours
+from .insert import channel_axis
+from .skip import Skip, drop_skip
+from .undo import added, removed
+
+
+def remove_layer(edit: Edit, path: str) -> None:
+    """Remove a module and bridge the gap: a neighbour takes over what it did, or its input goes on as it is, or through a projection."""
+    layer = edit.layer(path)
+    edit.check_called(path)
+    if isinstance(layer, Skip):
+        raise TopologyError(f"{path!r} is a skip connection: use remove_skip_connection.")
+    bridge = _bridge_for(edit, path, layer)
+    step = "removed; its input goes on as it is"
+    if isinstance(bridge, Pass):
+        folded = _fold(edit, path, layer)
+        if folded is not None:
+            step = f"removed; {folded}"
+        else:
+            edit.details["function_kept"] = False
+    else:
+        edit.details["function_kept"] = False
+        step = "removed; a projection takes its place"
+    _drop_skips(edit, path, layer)
+    names = edit.names_of(layer)
+    for name in names:
+        _take_out(edit, name, bridge)
+    edit.replace(layer, bridge)
+    kept = {id(p) for p in edit.model.parameters()}
+    for parameter in layer.parameters():
+        if id(parameter) not in kept:
+            removed(parameter)
+    parent = edit.module(path.rpartition(".")[0])
+    for parameter in bridge.parameters():
+        added(parameter, edit.neighbour(parent))
+    edit.touch(path)
+    edit.done(path, step)
+
+
+# Bridges
+
+
+def _bridge_for(edit: Edit, path: str, layer: nn.Module) -> Pass | Projection:
+    """What stands in for a layer: its input where shapes agree, otherwise a projection.
+
+    Raises:
+        TopologyError: nothing can.
+    """
+    call = edit.call(path)
+    if call is None:
+        edit.warn(f"the shapes that {path} takes and gives are unknown without example inputs: its input goes on as it is")
+        return Pass()
+    length = len(call.result) if type(call.result) is tuple else None
+    first, second = _floating(call.args or call.kwargs), _floating(call.result if length is None else call.result[:1])
+    if first is None or second is None or not isinstance(call.result, tuple | TensorSpec):
+        raise TopologyError(
+            f"{path!r} ({type(layer).__name__}): cannot bridge it: expected a layer that takes a floating tensor and gives one, or a tuple "
+            "that begins with one. Remove the module around it."
+        )
+    if first == second:
+        return Pass(length)
+    if len(first) != len(second) or first[0] != second[0]:
+        raise TopologyError(
+            f"{path!r} ({type(layer).__name__}): cannot bridge from shape {first} to {second}. Remove the module around it."
+        )
+    axis = channel_axis(layer, len(first))
+    last = axis == len(first) - 1
+    bridge = Projection(first[axis], second[axis], first, second, last, length).to(**edit.like(layer))
+    bridge.train(layer.training)
+    if bridge.map is not None:
+        _fit(edit, layer, bridge)
+    return bridge
+
+
+def _floating(specs: Any) -> tuple[int, ...] | None:
+    """The shape of the first tensor in a tree of specs, if it is one of floating point."""
+    first = next((leaf for leaf in pytree.tree_leaves(specs) if isinstance(leaf, TensorSpec)), None)
+    return first.shape if first is not None and first.dtype.is_floating_point else None
+
+
+class _Seen(Exception):
+    """Ends a run where the layer has been seen."""
+
+
+def _fit(edit: Edit, layer: nn.Module, bridge: Projection) -> None:
+    """Fit a projection to what a layer does, by least squares on one calibration batch; where none is known it stays as drawn."""
+    batch = edit.batch
+    if batch is None:
+        edit.warn("no input of the model is known: the projection in the layer's place starts with random weights")
+        return
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        x, y = first_tensor((args, kwargs)), first_tensor(result)
+        assert x is not None and y is not None
+        seen.extend((bridge.resample(x), y))
+        raise _Seen
+
+    hook = layer.register_forward_hook(see, with_kwargs=True)
+    try:
+        with as_it_was(edit.model), torch.no_grad():
+            for module in edit.model.modules():
+                module.training = False
+            edit.model(*batch[0], **batch[1])
+    except _Seen:
+        pass
+    finally:
+        hook.remove()
+    if len(seen) != 2:
+        edit.warn("the layer did not run on the calibration batch: the projection in its place starts with random weights")
+        return
+    x, y = (tensor.movedim(-1 if bridge.last else 1, -1).flatten(0, -2).double() for tensor in seen)
+    with torch.no_grad():
+        solved = torch.linalg.lstsq(torch.cat([x, x.new_ones(len(x), 1)], 1).cpu(), y.cpu(), driver="gelsd").solution.T
+        assert isinstance(bridge.map, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and bridge.map.bias is not None
+        bridge.map.weight.copy_(solved[:, :-1].reshape(bridge.map.weight.shape))
+        bridge.map.bias.copy_(solved[:, -1])
+
+
+def _fold(edit: Edit, path: str, layer: nn.Module) -> str | None:
+    """Let a neighbour take over what a linear layer did, where one does nothing but pass values to it, or take them from it."""
+    run = edit.run_around(path)
+    return None if run is None else fold(layer, *neighbours(run, layer))
+
+
+# References
+
+
+def _take_out(edit: Edit, path: str, bridge: Pass | Projection) -> None:
+    """Take a child out of its parent, which finds the bridge in its place."""
+    parent_path, _, name = path.rpartition(".")
+    parent = edit.module(parent_path)
+    if isinstance(parent, Edits):
+        _take_out_of_edits(edit, parent, parent_path, name, bridge)
+        return
+    goes_on = isinstance(bridge, Pass) and bridge.length is None and isinstance(parent, nn.Sequential)
+    places = [child for child in parent._modules if child != EDITS]
+    edits = edits_of(parent, parent_path)
+    if not edits.places:
+        edits.places = places
+    del parent._modules[name]
+    if goes_on:
+        edits.bridges[name] = None
+    else:
+        key = f"bridge_{name}"
+        edits._modules[key] = bridge
+        edits.bridges[name] = key
+    set_removed(parent, parent_path)
+
+
+def _take_out_of_edits(edit: Edit, edits: Edits, path: str, name: str, bridge: Pass | Projection) -> None:
+    if isinstance(bridge, Projection):
+        edits._modules[name] = bridge
+        return
+    del edits._modules[name]
+    gate = edits._parameters.pop(gate_name(name), None)
+    if gate is not None:
+        removed(gate)
+    for names in (edits.before, edits.after):
+        if name in names:
+            names.remove(name)
+    for child, key in list(edits.bridges.items()):  # the bridge of an earlier removal cannot be removed but in a sequence
+        if key == name:
+            edits._modules[name] = bridge
+            edits.bridges[child] = name
+    release(edit.module(path.rpartition(".")[0]))
+
+
+def _drop_skips(edit: Edit, path: str, layer: nn.Module) -> None:
+    """Drop skips that begin or end inside of a layer."""
+    inside = {id(module) for module in layer.modules()}
+    carriers = [carrier for module in layer.modules() if isinstance(module, Edits) for carrier in module.taps]
+    for name, module in list(edit.model.named_modules()):
+        if isinstance(module, Skip) and (id(module) in inside or module.carrier in carriers):
+            drop_skip(edit, name, module)
+            edit.steps.append(f"{name}: removed with {path}, where it begins or ends")
+
