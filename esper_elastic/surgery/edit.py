@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ..convert.arguments import nearest
-from ..convert.trace import Example, Run, run
+from ..convert.trace import Example, Run, quiet, run
 from ..errors import ConversionError, TopologyError
+from . import widths
 from .calls import Calls, CallSpec, TensorSpec
 from .edited import EDITS, Edits
+from .examples import from_data, to_data
 from .inputs import known_inputs
 from .trial import calls_of, smallest_closed
 
@@ -27,20 +30,22 @@ class Edit:
         model: to be edited.
         given: example inputs, or ``None``.
         preserve: whether the function is to be kept.
-        known: what an earlier edit decided that this one repeats, from a journal.
+        repeats: what a journal says of the edit that this one repeats: on which inputs it was made. Weights will be loaded.
 
     Attributes:
         name: path of what the edit has made or changed.
-        details: what it has decided, as JSON-able data.
+        details: what the surgeon's result tells.
         steps: what it has done, a line each.
         warnings: what could not be checked.
     """
 
-    def __init__(self, model: nn.Module, given: Any = None, *, preserve: bool = True, known: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: nn.Module, given: Any = None, *, preserve: bool = True, repeats: dict[str, Any] | None = None) -> None:
         self.model = model
         self.given = given
         self.preserve = preserve
-        self.known = known or {}
+        self.repeats = repeats is not None
+        if repeats is not None and "inputs" in repeats:
+            self.batch = from_data(repeats["inputs"])
         self.name = ""
         self.details: dict[str, Any] = {}
         self.steps: list[str] = []
@@ -105,7 +110,9 @@ class Edit:
     @functools.cached_property
     def calls(self) -> Calls | None:
         """The calls of one pass through the model, recorded before the edit; ``None`` if no input is known."""
-        return calls_of(self.model, self.given)
+        if self.batch is None:
+            return None
+        return calls_of(self.model, self.inputs if self.repeats else self.given)
 
     def check_called(self, path: str) -> None:
         """Refuse an edit at a module whose output an insertion would miss, or meet twice.
@@ -171,6 +178,28 @@ class Edit:
         """Arguments to run the model on, if known."""
         return known_inputs(self.model, self.given)
 
+    @property
+    def inputs(self) -> Any:
+        """Those arguments as :func:`esper_elastic.elasticize` takes example inputs.
+
+        Raises:
+            TopologyError: none are known.
+        """
+        if self.batch is None:
+            raise TopologyError(
+                f"{type(self.model).__name__}: which layers depend on each other is not known without an input of the model. "
+                "Give ModelSurgeon example_inputs."
+            )
+        args, kwargs = self.batch
+        if not (args and kwargs):
+            return kwargs or args
+        return dict(inspect.signature(self.model.forward).bind(*args, **kwargs).arguments)
+
+    def to_journal(self) -> dict[str, Any]:
+        """What a journal has to say so that the edit can be repeated."""
+        data = None if self.batch is None else to_data(*self.batch)
+        return {} if data is None else {"inputs": data}
+
     def shape_in(self, path: str) -> tuple[int, ...] | None:
         """The shape of the first tensor that a module is called with, if known."""
         call = self.call(path)
@@ -181,8 +210,23 @@ class Edit:
         call = self.call(path)
         return None if call is None else first_shape(call.result)
 
-
     # What is done
+
+    def resize(self, tensor: str, axis: int, size: int) -> None:
+        """Change the size of an axis of a parameter, of all that is coupled with it, and of what modules say of their sizes.
+
+        Raises:
+            TopologyError: it cannot change, or not while the function is kept.
+        """
+        coupled = widths.find(self.model, tensor, axis, self.inputs)
+        coupled.resize(size, preserve=self.preserve)
+        if size < coupled.size:
+            self.details["function_kept"] = False
+        difference = (size - coupled.size) // coupled.multiple_of
+        for binding in coupled.bindings:
+            step = sum(inner for moves, inner in binding.stretches if moves)
+            self.steps.append(f"{binding}: {abs(difference * step)} {'more' if difference > 0 else 'fewer'}")
+        self.touch(coupled.scope)
 
     def replace(self, layer: nn.Module, made: nn.Module) -> None:
         """Let a module take another one's place under each of its names, and in attributes that name it, alone or in a list or dict."""
@@ -203,7 +247,7 @@ class Edit:
         self.warnings.append(message)
 
     def touch(self, *paths: str) -> None:
-        """Note modules whose outputs, or whose children's, have changed."""
+        """Note modules in which, or in whose calls, something has changed."""
         self._touched.extend(paths)
 
     def try_out(self) -> None:
@@ -216,14 +260,17 @@ class Edit:
             self.warn("no input of the model is known: the edit was not tried. Give ModelSurgeon example_inputs.")
             return
         outcome = smallest_closed(self.model, self._enclosing(), self.calls)
-        if outcome.error is not None:
+        if not outcome.decided:
+            self.warn(f"the edit was not tried: {outcome.error}")
+        elif not outcome.ok:
             raise TopologyError(f"after the edit the model fails: {outcome.error}")
 
     def _enclosing(self) -> str:
-        """The path of the smallest module that holds all that was touched, each by its parent."""
-        parents = [path.rpartition(".")[0].split(".") if "." in path else [] for path in self._touched]
-        common = parents[0] if parents else []
-        for parts in parents[1:]:
+        """The path of the smallest module that holds all that was touched; what is inserted at a module counts as part of it."""
+        touched = [path.split(".") if path else [] for path in self._touched]
+        touched = [parts[: parts.index(EDITS)] if EDITS in parts else parts for parts in touched]
+        common = touched[0] if touched else []
+        for parts in touched[1:]:
             same = 0
             while same < min(len(common), len(parts)) and common[same] == parts[same]:
                 same += 1
@@ -250,7 +297,7 @@ def fake_shape(layer: nn.Module, shape: tuple[int, ...], **like: Any) -> tuple[i
         TopologyError: it does not take such an input.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, torch.no_grad():
+    with quiet(), fake, torch.no_grad():
         tensors = {name: torch.empty_like(t) for name, t in (*layer.named_parameters(), *layer.named_buffers())}
         try:
             result = functional_call(layer, tensors, (torch.empty(shape, **like),))

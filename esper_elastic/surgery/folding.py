@@ -53,18 +53,21 @@ def _holds(nested: Any, value: Any) -> bool:
     return isinstance(nested, tuple | list) and any(_holds(item, value) for item in nested)
 
 
+def foldable(layer: nn.Module) -> bool:
+    """Whether a layer is a linear map that another one could take over."""
+    return not _special(layer) and (type(layer) is nn.Linear or type(layer) in _BATCH_NORMS or _pointwise(layer))
+
+
 def fold(layer: nn.Module, before: nn.Module | None, behind: nn.Module | None) -> str | None:
     """Let a neighbour do what a layer does, exactly but for rounding.
 
     Returns:
         what was done; ``None`` if neither neighbour can, and nothing has changed.
     """
-    if any(_special(module) for module in (layer, before, behind) if module is not None):
+    if not foldable(layer) or any(_special(module) for module in (before, behind) if module is not None):
         return None
     if type(layer) in _BATCH_NORMS:
         return _fold_norm(layer, before)
-    if not (type(layer) is nn.Linear or _pointwise(layer)):
-        return None
     if before is not None and _same_kind(layer, before) and getattr(before, "groups", 1) == 1:
         return _fold_back(layer, before)
     if behind is not None and _same_kind(layer, behind) and getattr(behind, "groups", 1) == 1 and not _pads_bias(layer, behind):

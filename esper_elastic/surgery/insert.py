@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SurgeryError, TopologyError
-from . import widths
 from .edit import Edit, fake_shape
 from .edited import edits_of, gate_name
 from .specs import LayerSpec
@@ -17,11 +16,11 @@ from .undo import added, save_values
 _SIDES = ("before", "after")
 
 #: Layers that keep the function of a network in evaluation as they are.
-_NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def add_layer(edit: Edit, position: str, layer: nn.Module | LayerSpec) -> None:
-    """Insert a layer directly before or after a module: ``position`` is ``"before_<path>"`` or ``"after_<path>"``."""
+    """Insert a layer before or after a module and what has been inserted there: ``"before_<path>"`` or ``"after_<path>"``."""
     side, path = parse_position(position)
     host = edit.layer(path)
     edit.check_called(path)
@@ -33,17 +32,17 @@ def add_layer(edit: Edit, position: str, layer: nn.Module | LayerSpec) -> None:
     name = edits.free_name(side)
     full = f"{path}.edits.{name}"
     place = edits.before if side == "before" else edits.after
-    place.insert(len(place) if side == "before" else 0, name)
+    place.insert(0 if side == "before" else len(place), name)
 
     shape = edit.shape_in(path) if side == "before" else edit.shape_out(path)
     have, want = _channel_change(made, shape, host, side, like)
     if have != want:
-        edits._modules[name] = stand_in = _square(made, have, shape).to(**like)
-        _widen(edit, full, stand_in, have, want)
+        edits._modules[name] = _square(made, have, shape).to(**like)  # what depends on it depends on the layer
+        edit.resize(f"{full}.weight", 0, want)
     edits._modules[name] = made
     made.train(host.training)
     kept = "weights as given"
-    if edit.preserve and not isinstance(made, _NEUTRAL):
+    if edit.preserve and not isinstance(made, NEUTRAL):
         if make_identity(made):
             kept = "starts as the identity"
         elif _gateable(made, shape, have, want, like):
@@ -179,26 +178,22 @@ def declared(module: nn.Module, side: str) -> int | None:
 
 
 def channel_axis(layer: nn.Module, rank: int) -> int:
-    """Where the channels of a layer's input and output lie."""
-    channelled = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
-    return 1 if rank > 3 or any(isinstance(part, channelled) for part in layer.modules()) else rank - 1
+    """Where the channels of a layer's input and output lie: second (``1``), as of convolutions, or last (``-1``), as of linear layers."""
+    kinds = [type(part) for part in layer.modules()]
+    if any(issubclass(kind, _CHANNELS_SECOND) for kind in kinds):
+        return 1
+    return -1 if rank <= 3 or any(issubclass(kind, _CHANNELS_LAST) for kind in kinds) else 1
+
+
+_CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
 
 
 def _square(layer: nn.Module, channels: int, shape: tuple[int, ...] | None) -> nn.Module:
     """A layer over as many channels as it gives, to find out what depends on them."""
     rank = len(shape) if shape is not None else next((p.dim() for p in layer.parameters() if p.dim() > 1), 2)
-    if channel_axis(layer, rank) == rank - 1:
+    if channel_axis(layer, rank) == -1:
         return nn.Linear(channels, channels, bias=False)
     kind: Any = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[rank]
     made: nn.Module = kind(channels, channels, 1, bias=False)
     return made
-
-
-def _widen(edit: Edit, path: str, stand_in: nn.Module, have: int, want: int) -> None:
-    """Adapt everything behind a layer to another number of channels, on behalf of a stand-in at its place."""
-    del stand_in
-    coupled = widths.find(edit.model, f"{path}.weight", 0, edit.inputs)
-    coupled.resize(want, preserve=edit.preserve)
-    if want < have:
-        edit.details["function_kept"] = False
-    edit.steps.extend(step for step in coupled.steps if not step.startswith(path))

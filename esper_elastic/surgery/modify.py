@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..convert.arguments import nearest
 from ..errors import SurgeryError, TopologyError
-from . import widths
+from ..layers import ElasticLayer
 from .edit import Edit
 from .specs import LayerSpec
 from .tensors import replace_storage
@@ -39,11 +39,17 @@ def modify_layer(edit: Edit, path: str, config: Mapping[str, Any]) -> None:
                 f"{nearest(str(name), sorted(allowed))} Of this layer: {listed}."
             )
     edit.check_called(path)
+    edit.name = path
     _check_own(edit, path, layer, changes)
-    if "kernel_size" in changes and "padding" not in changes:
-        changes["padding"] = _padding_for(path, layer, changes)
-    for name in sorted(changes, key=list(allowed).index):
+    follows = "kernel_size" in changes and "padding" not in changes
+    padding = _padding_for(path, layer, changes) if follows else None
+    for name in sorted(changes, key=list(allowed).index):  # units first, which are tried on the way
         allowed[name](edit, path, name, changes[name])
+    if follows:
+        _set_window(edit, path, "padding", padding)
+    dense = next((kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn.modules.")), nn.Module)
+    if type(layer).forward is not dense.forward and not isinstance(layer, ElasticLayer):
+        edit.details["function_kept"] = False  # code of its own, which may make anything of new weights
     edit.touch(path)
 
 
@@ -112,13 +118,8 @@ def _units(edit: Edit, path: str, name: str, size: Any) -> None:
     if getattr(layer, "_parameters", {}).get(tensor) is None and getattr(layer, "_buffers", {}).get(tensor) is None:
         raise TopologyError(f"{path!r} ({type(layer).__name__}): it has no tensors of its own. Change the layer that makes its units.")
     before = getattr(layer, name)
-    coupled = widths.find(edit.model, f"{path}.{tensor}", axis, edit.inputs)
-    coupled.resize(size, preserve=edit.preserve)
-    if size < before:
-        edit.details["function_kept"] = False
-    edit.touch(*coupled.paths)
     edit.done(path, f"{name} {before} -> {size}")
-    edit.steps.extend(coupled.steps)
+    edit.resize(f"{path}.{tensor}", axis, size)
 
 
 def _axis(layer: Any, name: str) -> tuple[str, int]:
@@ -137,11 +138,8 @@ def _normalized(edit: Edit, path: str, name: str, size: Any) -> None:
     size = _integer(path, name, given)
     before = layer.normalized_shape[0]
     if size != before:
-        coupled = widths.find(edit.model, f"{path}.weight", 0, edit.inputs)
-        coupled.resize(size, preserve=edit.preserve)
-        edit.touch(*coupled.paths)
         edit.done(path, f"{name} {before} -> {size}")
-        edit.steps.extend(coupled.steps)
+        edit.resize(f"{path}.weight", 0, size)
 
 
 def _integer(path: str, name: str, value: Any, least: int = 1) -> int:
@@ -242,6 +240,14 @@ def _window(edit: Edit, path: str, name: str, value: Any) -> None:
             raise SurgeryError(f"{path!r}: padding: expected integers, 'same' or 'valid', got {value!r}.")
     else:
         value = _window_of(path, name, value, len(conv.kernel_size), 0 if name == "padding" else 1)
+    if value != before:
+        _set_window(edit, path, name, value)
+        edit.details["function_kept"] = False
+
+
+def _set_window(edit: Edit, path: str, name: str, value: Any) -> None:
+    conv: Any = edit.module(path)
+    before = getattr(conv, name)
     if value == before:
         return
     setattr(conv, name, value)
@@ -252,8 +258,6 @@ def _window(edit: Edit, path: str, name: str, value: Any) -> None:
     except ValueError as error:
         raise SurgeryError(f"{path!r}: {name}: {error}. Got {value!r}.") from error
     conv._reversed_padding_repeated_twice = twin._reversed_padding_repeated_twice
-    if name != "padding" or "kernel_size" not in edit.details.get("asked", ()):
-        edit.details["function_kept"] = False
     edit.done(path, f"{name} {before} -> {value}")
 
 

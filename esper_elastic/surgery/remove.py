@@ -14,8 +14,8 @@ from .bridges import Pass, Projection
 from .calls import TensorSpec
 from .edit import Edit
 from .edited import EDITS, Edits, edits_of, first_tensor, gate_name, release, set_removed
-from .folding import fold, neighbours
-from .insert import channel_axis
+from .folding import fold, foldable, neighbours
+from .insert import NEUTRAL, channel_axis, declared
 from .skip import Skip, drop_skip
 from .undo import added, removed
 
@@ -26,17 +26,11 @@ def remove_layer(edit: Edit, path: str) -> None:
     edit.check_called(path)
     if isinstance(layer, Skip):
         raise TopologyError(f"{path!r} is a skip connection: use remove_skip_connection.")
-    bridge = _bridge_for(edit, path, layer)
-    step = "removed; its input goes on as it is"
-    if isinstance(bridge, Pass):
-        folded = _fold(edit, path, layer)
-        if folded is not None:
-            step = f"removed; {folded}"
-        else:
-            edit.details["function_kept"] = False
-    else:
-        edit.details["function_kept"] = False
-        step = "removed; a projection takes its place"
+    folded = _fold(edit, path, layer)
+    bridge = Pass() if folded is not None else _bridge_for(edit, path, layer)
+    if folded is None:
+        edit.details["function_kept"] = isinstance(layer, NEUTRAL)
+    passes = "its input goes on as it is" if isinstance(bridge, Pass) else "a projection takes its place"
     _drop_skips(edit, path, layer)
     names = edit.names_of(layer)
     for name in names:
@@ -49,8 +43,8 @@ def remove_layer(edit: Edit, path: str) -> None:
     parent = edit.module(path.rpartition(".")[0])
     for parameter in bridge.parameters():
         added(parameter, edit.neighbour(parent))
-    edit.touch(path)
-    edit.done(path, step)
+    edit.touch(path.rpartition(".")[0])
+    edit.done(path, f"removed; {folded or passes}")
 
 
 # Bridges
@@ -64,8 +58,7 @@ def _bridge_for(edit: Edit, path: str, layer: nn.Module) -> Pass | Projection:
     """
     call = edit.call(path)
     if call is None:
-        edit.warn(f"the shapes that {path} takes and gives are unknown without example inputs: its input goes on as it is")
-        return Pass()
+        return _bridge_unseen(edit, path, layer)
     length = len(call.result) if type(call.result) is tuple else None
     first, second = _floating(call.args or call.kwargs), _floating(call.result if length is None else call.result[:1])
     if first is None or second is None or not isinstance(call.result, tuple | TensorSpec):
@@ -80,12 +73,23 @@ def _bridge_for(edit: Edit, path: str, layer: nn.Module) -> Pass | Projection:
             f"{path!r} ({type(layer).__name__}): cannot bridge from shape {first} to {second}. Remove the module around it."
         )
     axis = channel_axis(layer, len(first))
-    last = axis == len(first) - 1
-    bridge = Projection(first[axis], second[axis], first, second, last, length).to(**edit.like(layer))
+    bridge = Projection(first[axis], second[axis], first, second, axis == -1, length).to(**edit.like(layer))
     bridge.train(layer.training)
     if bridge.map is not None:
         _fit(edit, layer, bridge)
     return bridge
+
+
+def _bridge_unseen(edit: Edit, path: str, layer: nn.Module) -> Pass | Projection:
+    """What stands in for a layer of which nothing is known but what it says of itself."""
+    edit.warn(f"the shapes that {path} takes and gives are unknown without example inputs")
+    have, want = declared(layer, "in"), declared(layer, "out")
+    if have == want or have is None or want is None:
+        return Pass()
+    rank = layer.weight.dim() if isinstance(layer.weight, Tensor) else 2
+    axis = channel_axis(layer, rank)
+    shapes = [(1, n, *(1,) * (rank - 2)) if axis == 1 else (1, *(1,) * (rank - 2), n) for n in (have, want)]
+    return Projection(have, want, *shapes, axis == -1).to(**edit.like(layer)).train(layer.training)
 
 
 def _floating(specs: Any) -> tuple[int, ...] | None:
@@ -101,6 +105,8 @@ class _Seen(Exception):
 def _fit(edit: Edit, layer: nn.Module, bridge: Projection) -> None:
     """Fit a projection to what a layer does, by least squares on one calibration batch; where none is known it stays as drawn."""
     batch = edit.batch
+    if edit.repeats:
+        return
     if batch is None:
         edit.warn("no input of the model is known: the projection in the layer's place starts with random weights")
         return
@@ -135,7 +141,7 @@ def _fit(edit: Edit, layer: nn.Module, bridge: Projection) -> None:
 
 def _fold(edit: Edit, path: str, layer: nn.Module) -> str | None:
     """Let a neighbour take over what a linear layer did, where one does nothing but pass values to it, or take them from it."""
-    run = edit.run_around(path)
+    run = edit.run_around(path) if foldable(layer) else None
     return None if run is None else fold(layer, *neighbours(run, layer))
 
 
@@ -190,4 +196,3 @@ def _drop_skips(edit: Edit, path: str, layer: nn.Module) -> None:
         if isinstance(module, Skip) and (id(module) in inside or module.carrier in carriers):
             drop_skip(edit, name, module)
             edit.steps.append(f"{name}: removed with {path}, where it begins or ends")
-

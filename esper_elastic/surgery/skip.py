@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import TopologyError
 from .edit import Edit
 from .edited import Carrier, Edits, edits_of, release
+from .insert import channel_axis, declared
 from .undo import added, removed
 
 
@@ -24,14 +25,14 @@ class Skip(nn.Module):
         carrier: that the source puts its output in.
         source: path of the source.
         projection: a convolution or linear layer over the channels; ``None`` where they are as many.
-        last: whether channels are the last axis, and not the second.
+        axes: where the channels of the source and of the target lie: second (``1``) or last (``-1``).
     """
 
-    def __init__(self, carrier: Carrier, source: str, projection: nn.Module | None, last: bool) -> None:
+    def __init__(self, carrier: Carrier, source: str, projection: nn.Module | None, axes: tuple[int, int]) -> None:
         super().__init__()
         self.carrier = carrier
         self.source = source
-        self.last = last
+        self.axes = axes
         self.projection = projection
         if projection is None:
             self.gate = nn.Parameter(torch.zeros(()))
@@ -45,36 +46,31 @@ class Skip(nn.Module):
         brought = self.carrier.take()
         if brought is None:
             raise TopologyError(
-                f"skip from {self.source!r}: its source has not run before its target in this pass. Does the model's code take another "
-                "path now, or recompute a part that holds the target alone? Remove the skip (ModelSurgeon.remove_skip_connection) or move it."
+                f"skip from {self.source!r}: its source has not run before its target in this pass. Does the model's code take another path "
+                "now, or recompute a part that holds the target alone? Remove the skip (remove_skip_connection) or move it."
             )
-        brought = _fit(brought, x, self.last)
+        if brought.shape != x.shape:
+            start, end = self.axes
+            brought = _fit(brought.movedim(start, 1), x.movedim(end, 1).shape).movedim(1, end)
         return x + (self.gate * brought if self.projection is None else self.projection(brought))
 
     def extra_repr(self) -> str:
         return f"from {self.source}"
 
 
-def _fit(brought: Tensor, x: Tensor, last: bool) -> Tensor:
-    """``brought`` at the rank and resolution of ``x``; its channels stay."""
-    if brought.dim() > x.dim():
-        start = 1 if last else 2
-        brought = brought.mean(tuple(range(start, start + brought.dim() - x.dim())))
-    while brought.dim() < x.dim():
-        brought = brought.unsqueeze(1 if last else brought.dim())
-    if last:
-        size, wanted = brought.shape[1:-1], x.shape[1:-1]
-        return brought if size == wanted else _resample(brought.movedim(-1, 1), wanted).movedim(1, -1)
-    size, wanted = brought.shape[2:], x.shape[2:]
-    return brought if size == wanted else _resample(brought, wanted)
-
-
-def _resample(x: Tensor, size: torch.Size) -> Tensor:
-    """``(batch, channels, *)`` pooled to a smaller size, or repeated to a larger one."""
-    if all(have >= want for have, want in zip(x.shape[2:], size, strict=True)):
-        pool: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(size) - 1]
-        return pool(x, tuple(size))  # type: ignore[no-any-return]
-    return F.interpolate(x, size=tuple(size), mode="nearest")
+def _fit(brought: Tensor, shape: torch.Size) -> Tensor:
+    """``(batch, channels, *)`` at the rank and resolution of ``shape``, whose channels come second too."""
+    if brought.dim() > len(shape):
+        brought = brought.mean(tuple(range(len(shape), brought.dim())))
+    while brought.dim() < len(shape):
+        brought = brought.unsqueeze(-1)
+    have, want = brought.shape[2:], shape[2:]
+    if have == want:
+        return brought
+    if all(one >= other for one, other in zip(have, want, strict=True)):
+        pool: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(want) - 1]
+        return pool(brought, tuple(want))  # type: ignore[no-any-return]
+    return F.interpolate(brought, size=tuple(want), mode="nearest")
 
 
 def add_skip_connection(edit: Edit, source: str, target: str) -> None:
@@ -88,15 +84,17 @@ def add_skip_connection(edit: Edit, source: str, target: str) -> None:
     edit.check_called(source)
     edit.check_called(target)
     first, second = edit.shape_out(source), edit.shape_out(target)
-    last = _channels_last(end, first, second)
-    have, want = _channels(start, first, last), _channels(end, second, last)
+    axes = (1, 1)
+    if first != second or first is None:
+        axes = _axis(start, first), _axis(end, second)
+    have, want = _channels(start, first, axes[0]), _channels(end, second, axes[1])
     if have is None or want is None:
         edit.warn(f"the channels of {source if have is None else target!r} are unknown without example inputs: taken to be as many")
         have = want = 1
     carrier = Carrier()
     like = edit.like(end)
-    projection = None if have == want else _projection(have, want, last, second, end).to(**like)
-    skip = Skip(carrier, source, projection, last).to(**like)
+    projection = None if have == want else _projection(have, want, axes[1], second, end).to(**like)
+    skip = Skip(carrier, source, projection, axes).to(**like)
     skip.train(end.training)
     if edit.preserve:
         for parameter in skip.parameters():
@@ -148,39 +146,23 @@ def drop_skip(edit: Edit, path: str, skip: Skip) -> None:
         removed(parameter)
 
 
-def _channels_last(target: nn.Module, first: tuple[int, ...] | None, second: tuple[int, ...] | None) -> bool:
-    """Whether the channels of a target are its last axis, as those of linear layers and of transformers are."""
-    if second is None:
-        return not any(isinstance(module, nn.modules.conv._ConvNd) for module in target.modules())
-    if len(second) != 3:
-        return len(second) < 3
-    if first is not None and len(first) == 3 and first[1:] != second[1:]:
-        if first[1] == second[1]:
-            return True
-        if first[2] == second[2]:
-            return False
-    channelled = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
-    return not any(isinstance(module, channelled) for module in target.modules())
+def _axis(module: nn.Module, shape: tuple[int, ...] | None) -> int:
+    return 1 if shape is not None and len(shape) == 2 else channel_axis(module, 4 if shape is None else len(shape))
 
 
-def _channels(module: nn.Module, shape: tuple[int, ...] | None, last: bool) -> int | None:
+def _channels(module: nn.Module, shape: tuple[int, ...] | None, axis: int) -> int | None:
     if shape is not None:
-        return shape[-1] if last or len(shape) < 3 else shape[1]
-    for part in reversed(list(module.modules())):
-        for name in ("out_channels", "out_features", "num_features", "embedding_dim"):
-            if isinstance(getattr(part, name, None), int):
-                return int(getattr(part, name))
-    return None
+        return shape[axis]
+    return next((n for part in reversed(list(module.modules())) if (n := declared(part, "out")) is not None), None)
 
 
-def _projection(have: int, want: int, last: bool, shape: tuple[int, ...] | None, target: nn.Module) -> nn.Module:
-    if last or (shape is not None and len(shape) < 3):
+def _projection(have: int, want: int, axis: int, shape: tuple[int, ...] | None, target: nn.Module) -> nn.Module:
+    if axis == -1 or (shape is not None and len(shape) == 2):
         return nn.Linear(have, want, bias=False)
-    rank = (
-        len(shape) - 2
-        if shape is not None
-        else next(m.weight.dim() for m in target.modules() if isinstance(m, nn.modules.conv._ConvNd)) - 2
-    )
+    convs = [module for module in target.modules() if isinstance(module, nn.modules.conv._ConvNd)]
+    rank = len(shape) - 2 if shape is not None else convs[-1].weight.dim() - 2 if convs else 0
+    if rank == 0:
+        return nn.Linear(have, want, bias=False)
     kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
     made: nn.Module = kind(have, want, 1, bias=False)
     return made

@@ -180,8 +180,8 @@ class ModelSurgeon:
         """
         arguments = dict(entry["arguments"])
         if "layer" in arguments:
-            arguments["layer"] = journal.layer_of(entry, modules)
-        return self._edit(entry["operation"], model, arguments, known=entry.get("details"))
+            arguments["layer"] = journal.layer_of(dict(entry), modules or {})
+        return self._edit(entry["operation"], model, arguments, repeats=entry.get("details", {}))
 
     # How edits are made
 
@@ -193,15 +193,15 @@ class ModelSurgeon:
         return EditPlan(operation, arguments, result.success, result.details, result.error)
 
     def _edit(
-        self, operation: str, model: nn.Module, arguments: dict[str, Any], *, known: dict[str, Any] | None = None, planned: bool = False
+        self, operation: str, model: nn.Module, arguments: dict[str, Any], *, repeats: dict[str, Any] | None = None, planned: bool = False
     ) -> SurgeryResult:
         start = time.perf_counter()
         edit: Edit | None = None
         error: ElasticError | None = None
         try:
             root = root_of(model)
-            edit = self._make_edit(root, arguments, known)
-            entry = journal.entry(operation, arguments)
+            edit = self._make_edit(root, arguments, repeats)
+            entry = _entry(operation, arguments)
             with transaction(root, validate=False):
                 self._carry_out(operation, edit, arguments)
                 edit.try_out()
@@ -209,7 +209,7 @@ class ModelSurgeon:
                 edit.details.setdefault("function_kept", bool(arguments.get("preserve", True)))
                 if planned:
                     raise _Planned
-                journal.record(root, entry | {"name": edit.name, "details": edit.decided})
+                journal.record(root, entry | {"name": edit.name, "details": edit.to_journal()})
                 _forget_compiled(model, root)
         except _Planned:
             pass
@@ -218,11 +218,11 @@ class ModelSurgeon:
         details = edit.details if edit is not None and error is None else {}
         return SurgeryResult(error is None, operation, details, 1e3 * (time.perf_counter() - start), error)
 
-    def _make_edit(self, root: nn.Module, arguments: Mapping[str, Any], known: dict[str, Any] | None) -> Edit:
+    def _make_edit(self, root: nn.Module, arguments: Mapping[str, Any], repeats: dict[str, Any] | None) -> Edit:
         preserve = arguments.get("preserve", True)
         if type(preserve) is not bool:
             raise SurgeryError(f"preserve: expected True or False, got {preserve!r}.")
-        return Edit(root, self.example_inputs, preserve=preserve, known=known)
+        return Edit(root, self.example_inputs, preserve=preserve, repeats=repeats)
 
     def _carry_out(self, operation: str, edit: Edit, arguments: Mapping[str, Any]) -> None:
         """Make an edit, and the same one on every average of the model, with the same random numbers."""
@@ -235,7 +235,8 @@ class ModelSurgeon:
             after = torch.get_rng_state()
             assert state is not None
             torch.set_rng_state(state)
-            _BODIES[operation](Edit(twin, self.example_inputs, preserve=edit.preserve, known=edit.decided), {**arguments, "layer": own})
+            same = Edit(twin, self.example_inputs, preserve=edit.preserve, repeats=edit.to_journal())
+            _BODIES[operation](same, {**arguments, "layer": own})
             torch.set_rng_state(after)
 
 
@@ -246,6 +247,13 @@ _BODIES: dict[str, Callable[[Edit, Mapping[str, Any]], None]] = {
     "add_skip_connection": lambda edit, given: add_skip_connection(edit, given["from_layer"], given["to_layer"]),
     "remove_skip_connection": lambda edit, given: remove_skip_connection(edit, given["name"]),
 }
+
+
+def _entry(operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What the journal says of an edit before it is made: a layer may be given other weights and sizes by it."""
+    layer = arguments.get("layer")
+    described = {"layer": journal.describe(layer)} if isinstance(layer, nn.Module | LayerSpec) else {}
+    return {"format": journal.FORMAT, "operation": operation, "arguments": {**arguments, **described}}
 
 
 def root_of(model: nn.Module) -> nn.Module:
