@@ -27,6 +27,8 @@ from ..control import Axis, ControlBlock, ElasticDim, Switch
 from ..errors import CapacityError, StateDictError
 
 ROOT_KEY = "_esper_elastic"
+#: The attribute of a module in which the journal of its edits is kept; absent where there is none.
+JOURNAL = "_surgery_journal"
 FORMAT = 1
 
 #: The names under which wrappers (data parallel, averaged, compiled) hold the one module that they wrap.

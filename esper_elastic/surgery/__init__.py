@@ -1,0 +1,1 @@
+"""Edits of a live model's structure: what metadata cannot express."""
