@@ -20,29 +20,8 @@ def spring(*_: Any, **__: Any) -> Any:
     raise Trap
 
 
-_METHODS = [
-    "repr",
-    "str",
-    "eq",
-    "hash",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "bool",
-    "len",
-    "iter",
-    "getitem",
-    "contains",
-    "int",
-    "index",
-    "float",
-    "format",
-    "add",
-    "mul",
-    "getattr",
-]
-_TRAPS = {f"__{name}__": spring for name in _METHODS} | dict.fromkeys(("keys", "items", "values", "get"), spring)
+_METHODS = "repr str eq hash lt le gt ge bool len iter getitem contains int index float format add mul getattr"
+_TRAPS = {f"__{name}__": spring for name in _METHODS.split()} | dict.fromkeys(("keys", "items", "values", "get"), spring)
 
 
 class Spiteful(type):

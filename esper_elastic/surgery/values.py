@@ -85,6 +85,52 @@ class Choice:
         return " or ".join(map(repr, self.strings))
 
 
+class Text(NamedTuple):
+    """Any string."""
+
+    longest: int = 1024
+
+    def read(self, value: Any) -> str:
+        if type(value) is not str or len(value) > self.longest:
+            raise Unfit
+        return value
+
+    def __str__(self) -> str:
+        return f"a string of at most {self.longest} characters"
+
+
+class Json(NamedTuple):
+    """An object of JSON: exact dicts, lists, strings, numbers, booleans and nulls, of which it gives a copy."""
+
+    deepest: int = 8
+    most: int = 2**16
+
+    def read(self, value: Any) -> dict[str, Any]:
+        if type(value) is not dict:
+            raise Unfit
+        left = self.most
+
+        def copied(part: Any, levels: int) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0 or levels < 0:  # so that a cycle ends
+                raise Unfit
+            kind = type(part)
+            if kind is dict:
+                return {Text().read(key): copied(inner, levels - 1) for key, inner in part.items()}
+            if kind in (list, tuple):
+                return [copied(inner, levels - 1) for inner in part]
+            if part is None or kind is bool:
+                return part
+            return _scalar.read(part)
+
+        made: dict[str, Any] = copied(value, self.deepest)
+        return made
+
+    def __str__(self) -> str:
+        return f"a dict of JSON with finite numbers, at most {self.deepest} levels deep and of {self.most} parts"
+
+
 class Nothing(NamedTuple):
     """``None``."""
 
@@ -164,3 +210,6 @@ def one_or(length: int, item: Values) -> Values:
 def spread(length: int, item: Values) -> Values:
     """An item for all, or a tuple of ``length``, kept as the tuple."""
     return Either(Spread(item, length), Each(item, length, length))
+
+
+_scalar = Either(Text(2**16), Integer(-(2**63), 2**63 - 1), Number())
