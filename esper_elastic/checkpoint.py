@@ -1,8 +1,9 @@
 """``save`` and ``load``: a model with its widths, and the optimizer that trains it, in one safetensors file.
 
 The file holds every tensor of ``model.state_dict()`` at capacity under its own key, and the optimizer's under keys that begin with
-:data:`OPTIMIZER`. The metadata holds one entry of JSON: widths, switches, layout, the plan by which a plain model was made elastic, and
-what else there is of the optimizer. Nothing is pickled, so that a file from anywhere can be read without running it.
+:data:`OPTIMIZER`. The metadata holds one entry of JSON: widths, switches, layout, the plan by which a plain model was made elastic, the
+journal of its edits, and what else there is of the optimizer. Nothing is pickled, so that a file from anywhere can be read without
+running it.
 
 A save leaves the old file or the new one, whole, whenever it is interrupted. A load checks all it can before it touches anything, and takes
 back what it did if it is interrupted. How an optimizer is written is in ``optim/packing.py``.
@@ -11,6 +12,7 @@ back what it did if it is interrupted. How an optimizer is written is in ``optim
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -23,11 +25,12 @@ from torch.optim import Optimizer
 
 from .control import ControlBlock, Entry
 from .convert import PLAN, Plan
-from .errors import CapacityError, CheckpointError, OptimizerError
+from .errors import CapacityError, CheckpointError, OptimizerError, SurgeryError
 from .layers import ElasticLayer, Switchable
 from .layers.state import ROOT_KEY, names
 from .model import copy_structure, layout_of, put_in_layout, set_layout
 from .optim import packing
+from .surgery.journal import journal, replay, validated
 
 #: The entry of the metadata.
 ENTRY = "esper_elastic"
@@ -58,7 +61,7 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer | 
     content = {
         "format": FORMAT,
         **_positions(model),
-        "journal": [],
+        "journal": journal(model),
         "plan": getattr(model, PLAN, None),
         "aliases": aliases,
         "optimizer": None,
@@ -77,18 +80,25 @@ def save(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer | 
 
 
 @torch.no_grad()
-def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer | None = None) -> None:
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    modules: Mapping[str, nn.Module] | None = None,
+) -> None:
     """Bring ``model``, and ``optimizer`` if there is one, to what :func:`save` wrote.
 
     Args:
         path: of the file.
-        model: an elastic model of the same structure, or a plain one as it was before ``ee.elasticize``, which is made elastic by
-            the plan in the file first. Tensors keep their device, type and memory format; values are cast.
+        model: of the same structure, or as it was before ``ee.elasticize`` and the surgeon's edits: it is first made elastic by the plan in
+            the file, and the edits that it has not had are replayed. Tensors keep their device, type and memory format; values are cast.
         optimizer: of the same class over the same parameters. ``None`` leaves what the file holds of one aside.
+        modules: for edits that inserted what no :class:`LayerSpec` describes, as in ``ee.replay``.
 
     Effects:
         Writes parameters and buffers in place, sets widths and switches in one commit, and the layout. The optimizer gets new state and new
-        options. Old tensors are kept on the host until all is done.
+        options. Old tensors are kept on the host until all is done. Edits, and all that follows them, are one transaction.
 
     Raises:
         CheckpointError: the file is damaged or foreign, or does not fit; model and optimizer are as they were, whatever the error.
@@ -97,6 +107,24 @@ def load(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer | 
     where, model = f"load: {os.fspath(path)}", _unwrapped(model)
     content, tensors = _read(path, where)
     convert = content["plan"] is not None and not any(isinstance(module, ElasticLayer | Switchable) for module in model.modules())
+    if content["journal"] != journal(model):
+        transaction = importlib.import_module("esper_elastic.surgery.transaction").transaction
+        with transaction(model, optimizer, validate=False) as opened:
+            if convert:
+                _replay([edit for edit in content["journal"] if not edit.get("elastic")], model, modules, where)
+                _apply_plan(content["plan"], model, optimizer, where)
+            _replay(content["journal"], model, modules, where)
+            opened.settle()  # the optimizer holds what the model does from here on
+            importlib.import_module("esper_elastic.surgery.undo").save_values(*_live_tensors(model, where).values())
+            _load(content, tensors, model, optimizer, False, where)
+    else:
+        _load(content, tensors, model, optimizer, convert, where)
+
+
+def _load(
+    content: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module, optimizer: Optimizer | None, convert: bool, where: str
+) -> None:
+    """Load into a model that has had the edits, after making it elastic if ``convert``."""
     twin = model
     if convert:
         twin = copy_structure(model, _without_values)
@@ -198,9 +226,11 @@ def _read(path: str | os.PathLike[str], where: str) -> tuple[dict[str, Any], dic
             raise CheckpointError(f"{where}: {field}: expected {kind}, got {content.get(field)!r}. The metadata are damaged.")
     if not all(isinstance(key, str) for key in content["aliases"].values()):
         raise CheckpointError(f"{where}: aliases: expected keys, got {content['aliases']!r}. The metadata are damaged.")
-    if content["journal"]:
-        raise CheckpointError(f"{where}: journal: expected no edits, got {len(content['journal'])}. Replay them on the model first.")
-    return {"plan": None, "optimizer": None, **content}, tensors
+    try:
+        edits = validated(content["journal"], where)
+    except SurgeryError as error:
+        raise CheckpointError(str(error)) from error
+    return {"plan": None, "optimizer": None, **content, "journal": edits}, tensors
 
 
 # The model
@@ -350,7 +380,15 @@ def _set_positions(content: dict[str, Any], model: nn.Module, undo: contextlib.E
             put_in_layout(modules[path], value)
 
 
-# Conversion
+# Edits and conversion
+
+
+def _replay(edits: list[dict[str, Any]], model: nn.Module, modules: Mapping[str, nn.Module] | None, where: str) -> None:
+    asked_for = {edit["name"] for edit in edits}
+    try:
+        replay(edits, model, modules={name: module for name, module in (modules or {}).items() if name in asked_for})
+    except SurgeryError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _without_values(tensor: Tensor) -> Tensor:

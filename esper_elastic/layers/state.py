@@ -1,13 +1,13 @@
-"""What a ``state_dict`` says of widths: one tensor key at its root, written and read here, and the widths that smaller tensors imply.
+"""What a ``state_dict`` says of widths and edits: one tensor key at its root, written and read here.
 
 Tensors travel as ``nn`` lets them, at capacity and under the names of the ``nn`` classes. Beside them the root, that is the module on
 which ``state_dict()`` was called, gets the key :data:`ROOT_KEY`: JSON as ASCII bytes in a uint8 tensor, so that every format which takes
-tensors takes it. It is there only while it has something to say: a width below capacity, or a switch that is off. A plain ``nn`` model
-reports the key as unexpected.
+tensors takes it. It is there only while it has something to say: a width below capacity, a switch that is off, or an edit in the journal. A
+plain ``nn`` model reports the key as unexpected: where this package is not at hand, take it out, and load the rest.
 
 Only the module at the root sees a whole ``state_dict``, and it is the user's: a plain container, whose elastic parts may have been put
-there long after it was built, far below. No hook of torch reaches it. So the first elastic layer wraps the two methods of ``nn.Module``;
-modules carry nothing, hence nothing to copy, pickle or leave behind, and trees without elastic parts pass straight through.
+there long after it was built, far below. No hook of torch reaches it. So the first elastic layer, or the first edit, wraps the two methods
+of ``nn.Module``; modules carry nothing, hence nothing to copy, pickle or leave behind, and trees with neither pass straight through.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ import functools
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..control import Axis, ControlBlock, ElasticDim, Switch
+from ..control import ControlBlock, ElasticDim, Switch
 from ..errors import CapacityError, StateDictError
+from .implied import Loaded, Solver
 
 ROOT_KEY = "_esper_elastic"
+#: The attribute of a module in which the journal of its edits is kept; absent where there is none.
+JOURNAL = "_surgery_journal"
 FORMAT = 1
 
 #: The names under which wrappers (data parallel, averaged, compiled) hold the one module that they wrap.
@@ -49,14 +52,14 @@ def wrap_module_methods() -> None:
             saved = save(self, *args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         finally:
             call.inside = outer
-        entry = root_entry(self) if _holds_elastic(self) else None
+        entry = root_entry(self) if _has_something_to_say(self) else None
         if entry is not None:
             saved[(args[1] if len(args) > 1 and not prefix else prefix) + ROOT_KEY] = entry
         return saved
 
     @functools.wraps(load)
     def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        if isinstance(state_dict, Mapping) and _holds_elastic(self):
+        if isinstance(state_dict, Mapping) and (_has_something_to_say(self) or _was_edited(state_dict)):
             state_dict = apply_widths(self, state_dict, strict)
         return load(self, state_dict, strict, assign)
 
@@ -69,6 +72,62 @@ class _Call(threading.local):
     """Whether this thread is inside a ``state_dict()`` call, so that a nested one is no root."""
 
     inside = False
+
+
+# The journal
+
+
+class Journal(list[str]):
+    """The edits of a model, in the order in which they were made: each is JSON as text, so that looking over it costs next to nothing.
+
+    Wherever one is, unpickled in a new process too, a ``state_dict`` speaks of it.
+    """
+
+    def __init__(self, edits: Iterable[str] = ()) -> None:
+        super().__init__(edits)
+        wrap_module_methods()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Journal, (list(self),)
+
+
+def journal_of(root: nn.Module) -> list[str]:
+    """The edits that ``root``, or the module that it wraps, has had; not a copy."""
+    kept: list[str] = unwrapped(root).__dict__.get(JOURNAL, [])
+    return kept
+
+
+def as_text(edit: Any) -> str:
+    """An edit as a journal keeps it: what is equal has the same text."""
+    return json.dumps(edit, sort_keys=True, allow_nan=False)
+
+
+def read_content(entry: Any) -> dict[str, Any]:
+    """The JSON in the tensor of a root key; whatever raises, it is none."""
+    content: dict[str, Any] = json.loads(bytes(entry.detach().to("cpu", torch.uint8).tolist()))
+    return content
+
+
+def _was_edited(state_dict: Mapping[str, Any]) -> bool:
+    try:
+        return ROOT_KEY in state_dict and bool(read_content(state_dict[ROOT_KEY])["journal"])
+    except Exception:
+        return False  # then torch says that the key is unexpected
+
+
+def _problem_of_journal(mine: list[str], edits: Any) -> str | None:
+    """What is wrong with loading the tensors of a model that had ``edits`` into one that had others."""
+    try:
+        theirs = [as_text(edit) for edit in edits]
+    except (TypeError, ValueError):
+        return f"journal: expected a list of edits, got {edits!r}. Drop the key to load tensors alone."
+    if mine == theirs:
+        return None
+    had, other = (f"the {len(mine)} edits that the model has had", " other ones") if mine else ("no edits", "")
+    remedy = "Replay them on the model first: ee.replay(ee.journal(state_dict), model)."
+    if theirs[: len(mine)] != mine:
+        remedy = "Load it into a fresh model, after ee.replay(ee.journal(state_dict), fresh)."
+    return f"journal: expected {had}, got {len(theirs)}{other}. {remedy}"
 
 
 # Names
@@ -86,11 +145,7 @@ def names(root: nn.Module) -> Names:
 
     Where ``root`` only wraps one module, as data parallel, averaged and compiled ones do, the paths start at that one.
     """
-    while len(root._modules) == 1 and not _is_elastic(root):
-        name, child = next(iter(root._modules.items()))
-        if child is None or name not in _WRAPPER_CHILDREN:
-            break
-        root = child
+    root = unwrapped(root)
     found = Names({}, {})
     for path, module in root.named_modules():
         if not _is_elastic(module):
@@ -104,12 +159,23 @@ def names(root: nn.Module) -> Names:
     return found
 
 
-def _holds_elastic(root: nn.Module) -> bool:
+def unwrapped(root: nn.Module) -> nn.Module:
+    """The module inside wrappers: where names start, and where the journal is kept."""
+    while len(root._modules) == 1 and not _is_elastic(root):
+        name, child = next(iter(root._modules.items()))
+        if child is None or name not in _WRAPPER_CHILDREN:
+            break
+        root = child
+    return root
+
+
+def _has_something_to_say(root: nn.Module) -> bool:
+    """Whether there is anything elastic or edited below ``root``."""
     pending: list[nn.Module | None] = [root]
     while pending:
         module = pending.pop()
         if module is not None:
-            if _is_elastic(module):
+            if _is_elastic(module) or JOURNAL in module.__dict__:
                 return True
             pending.extend(module._modules.values())
     return False
@@ -123,16 +189,17 @@ def _is_elastic(module: nn.Module) -> bool:
 
 
 def root_entry(root: nn.Module) -> Tensor | None:
-    """What the root key holds, or ``None`` where all widths are at capacity and all switches on."""
+    """What the root key holds, or ``None`` where all widths are at capacity, all switches on, and nothing was edited."""
     dims, switches = names(root)
-    if all(dim.active == dim.capacity for dim in dims.values()) and all(switch.on for switch in switches.values()):
+    journal = journal_of(root)
+    if not journal and all(dim.active == dim.capacity for dim in dims.values()) and all(switch.on for switch in switches.values()):
         return None
     first = {id(dim): name for name, dim in reversed(dims.items())}
     content = {
         "format": FORMAT,
         "widths": {name: dim.active for name, dim in dims.items() if first[id(dim)] == name},
         "switches": {name: switch.on for name, switch in switches.items()},
-        "journal": [],
+        "journal": [json.loads(edit) for edit in journal],
     }
     with torch.inference_mode(False):
         return torch.tensor(list(json.dumps(content).encode("ascii")), dtype=torch.uint8, device="cpu")
@@ -151,7 +218,8 @@ def apply_widths(root: nn.Module, state_dict: Mapping[str, Any], strict: bool) -
     Effects: one commit, on a control block that the whole model shares from then on; nothing where no width changes.
 
     Raises:
-        StateDictError: tensors disagree, fit no admissible width, or the root key is unknown here; nothing has changed.
+        StateDictError: tensors disagree, fit no admissible width, the root key is unknown here, or it has another journal than the
+            model; nothing has changed.
         OwnerError: the calling thread does not own the control block; nothing has changed.
     """
     known = names(root)
@@ -160,10 +228,10 @@ def apply_widths(root: nn.Module, state_dict: Mapping[str, Any], strict: bool) -
     problems: list[str] = []
     widths: dict[ElasticDim, int] = {}
     switches: dict[Switch, int] = {}
-    for key, below in entries.items():
-        _read_entry(key, state_dict[key], below, strict, widths, switches, problems)
+    for key, owner in entries.items():
+        _read_entry(key, state_dict[key], owner, strict, widths, switches, problems)
     if not entries and any(not tensor.at_capacity for tensor in tensors):
-        widths = _Solver({id(dim): name for name, dim in reversed(known.dims.items())}, problems).solve(tensors)
+        widths = Solver({id(dim): name for name, dim in reversed(known.dims.items())}, problems).solve(tensors)
     if not problems:
         problems += [tensor.mismatch() for tensor in tensors if not (tensor.at_capacity or tensor.fits(widths))]
     if problems:
@@ -175,14 +243,14 @@ def apply_widths(root: nn.Module, state_dict: Mapping[str, Any], strict: bool) -
     return _without(state_dict, entries) if entries else state_dict
 
 
-def _entries(root: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Names]:
-    """The root keys in ``state_dict``, and the names that each may use: one, or those of several that were put together."""
+def _entries(root: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The root keys in ``state_dict``, and the module that each speaks of: one, or those of several that were put together."""
     entries = {}
     for key in state_dict:
         path, dot, last = key.rpartition(".")
         if last == ROOT_KEY:
             with contextlib.suppress(AttributeError):
-                entries[key] = names(root.get_submodule(path) if dot else root)
+                entries[key] = root.get_submodule(path) if dot else root
     return entries
 
 
@@ -196,7 +264,7 @@ def _without(state_dict: Mapping[str, Any], keys: Container[str]) -> Mapping[str
 def _read_entry(
     key: str,
     entry: Any,
-    known: Names,
+    owner: nn.Module,
     strict: bool,
     widths: dict[ElasticDim, int],
     switches: dict[Switch, int],
@@ -204,7 +272,7 @@ def _read_entry(
 ) -> None:
     """Add the widths and switches that a root key says. Names that are unknown here are a problem, unless loading is lenient."""
     try:
-        content = json.loads(bytes(entry.detach().to("cpu", torch.uint8).tolist()))
+        content = read_content(entry)
         version, said, positions, journal = (content[field] for field in ("format", "widths", "switches", "journal"))
     except Exception as error:
         problems.append(f"{key}: expected a uint8 tensor of JSON, got {entry!r} ({error!r}). Drop the key to load tensors alone.")
@@ -214,8 +282,11 @@ def _read_entry(
             f"{key}: format: expected {FORMAT}, got {version!r}. Another version of esper_elastic wrote it; load it with that one."
         )
         return
-    if journal:
-        problems.append(f"{key}: journal: expected no edits, got {len(journal)}. Replay them on the model first.")
+    edited = _problem_of_journal(journal_of(owner), journal)
+    if edited is not None:
+        problems.append(f"{key}: {edited}")
+        return
+    known = names(owner)
     unknown = [name for name in said if name not in known.dims] + [name for name in positions if name not in known.switches]
     if strict and unknown:
         problems.append(
@@ -234,39 +305,7 @@ def _read_entry(
     switches.update((known.switches[name], int(bool(on))) for name, on in positions.items() if name in known.switches)
 
 
-class _Loaded(NamedTuple):
-    """A tensor of a ``state_dict``, and the storage that it is for."""
-
-    key: str
-    shape: torch.Size
-    storage: Tensor
-    axes: tuple[Axis | None, ...]
-
-    @property
-    def at_capacity(self) -> bool:
-        return self.shape == self.storage.shape
-
-    def fits(self, widths: dict[ElasticDim, int]) -> bool:
-        """Whether the shape is that of the active slice once dims have ``widths``."""
-        if len(self.shape) != len(self.axes):
-            return False
-        pairs = zip(self.axes, self.storage.shape, strict=True)
-        return self.shape == tuple(size if axis is None else _size(axis, widths) for axis, size in pairs)
-
-    def mismatch(self, why: str = "") -> str:
-        """The message that torch gives, and why the tensor is not one of active size either."""
-        why = why or "It has neither the capacity nor the active size."
-        return (
-            f"size mismatch for {self.key}: copying a param with shape {self.shape} from checkpoint, "
-            f"the shape in current model is {self.storage.shape}. {why}"
-        )
-
-
-def _size(axis: Axis, widths: dict[ElasticDim, int]) -> int:
-    return sum(widths.get(segment.dim, segment.dim.active) * segment.inner for segment in axis.segments)
-
-
-def _tensors(root: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[_Loaded]:
+def _tensors(root: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[Loaded]:
     """The tensors of ``state_dict`` that are for elastic layers, under every path that a layer has."""
     for path, layer in root.named_modules(remove_duplicate=False):
         if not hasattr(type(layer), "tensor_axes"):
@@ -275,62 +314,4 @@ def _tensors(root: nn.Module, state_dict: Mapping[str, Any]) -> Iterator[_Loaded
             key = f"{path}.{name}" if path else name
             storage, tensor = layer.storage(name), state_dict.get(key)
             if storage is not None and isinstance(tensor, Tensor) and any(axis is not None for axis in axes):
-                yield _Loaded(key, tensor.shape, storage, axes)
-
-
-class _Solver:
-    """Finds the width of each dim from the sizes of tensor axes, each a sum of widths times constants."""
-
-    def __init__(self, names: dict[int, str], problems: list[str]) -> None:
-        self.names = names
-        self.problems = problems
-        self.widths: dict[ElasticDim, int] = {}
-        self.sources: dict[ElasticDim, str] = {}
-
-    def solve(self, tensors: list[_Loaded]) -> dict[ElasticDim, int]:
-        pending = [
-            (tensor, axis, size)
-            for tensor in tensors
-            if len(tensor.shape) == len(tensor.axes)
-            for axis, size in zip(tensor.axes, tensor.shape, strict=True)
-            if axis is not None
-        ]
-        while pending:
-            left = [claim for claim in pending if not self._settle(*claim)]
-            if len(left) == len(pending):
-                break
-            pending = left
-        for tensor, axis, size in pending:
-            open_dims = ", ".join(self._name(dim) for dim in axis.dims if dim not in self.widths)
-            self.problems.append(tensor.mismatch(f"Its axis of {size} has no unique division among {open_dims}: set their widths first."))
-        return self.widths
-
-    def _settle(self, tensor: _Loaded, axis: Axis, size: int) -> bool:
-        """Draw from one axis what it says of the one dim not known yet; ``False`` while there are several."""
-        unknown = [dim for dim in axis.dims if dim not in self.widths]
-        if len(unknown) > 1:
-            if size != axis.capacity:
-                return False
-            self.widths.update((dim, dim.capacity) for dim in unknown)
-            self.sources.update((dim, tensor.key) for dim in unknown)
-        elif unknown:
-            (dim,) = unknown
-            rest = size - sum(self.widths.get(segment.dim, 0) * segment.inner for segment in axis.segments)
-            per_unit = sum(segment.inner for segment in axis.segments if segment.dim is dim)
-            if rest % per_unit:
-                self.problems.append(tensor.mismatch(f"{rest} indices are no multiple of the {per_unit} per unit of {self._name(dim)}."))
-                return True
-            try:
-                self.widths[dim] = dim.admit(rest // per_unit)
-                self.sources[dim] = tensor.key
-            except CapacityError as error:
-                self.problems.append(tensor.mismatch(f"{self._name(dim)}: {error}"))
-                return True
-        expected = _size(axis, self.widths)
-        if expected != size:
-            said = ", ".join(f"{self._name(dim)} = {self.widths[dim]} by {self.sources[dim]}" for dim in axis.dims)
-            self.problems.append(tensor.mismatch(f"Its axis of {size} should be {expected}: {said}."))
-        return True
-
-    def _name(self, dim: ElasticDim) -> str:
-        return self.names.get(id(dim), dim.label)
+                yield Loaded(key, tensor.shape, storage, axes)
