@@ -85,6 +85,13 @@ def followers_of(param: Tensor) -> list[Follower]:
     return [cast(Follower, optimizer) for optimizer in _followers if param in optimizer.state]
 
 
+def that_hold(params: list[Tensor]) -> list[Optimizer]:
+    """The optimizers known here, following or not, one of whose groups holds one of ``params``."""
+    wanted = {id(param) for param in params}
+    known = {id(optimizer): optimizer for optimizer in (*_followers, *_strangers)}
+    return [o for o in known.values() if any(id(param) in wanted for group in o.param_groups for param in group["params"])]
+
+
 def unguarded_with_state(param: Tensor) -> Optimizer | None:
     """An optimizer that has stepped, does not follow and holds state for ``param``; ``None`` if there is none."""
     return next((optimizer for optimizer in _strangers if optimizer.state.get(param)), None)

@@ -231,7 +231,7 @@ def run(
         args, kwargs = tree_map(lambda x: _fake_input(x, recorder), (example.args, example.kwargs))
     functions = _Functions(recorder)
     with (
-        _quiet(),
+        quiet(),
         as_it_was(model),
         recorder.watching(),
         torch.set_grad_enabled(grad),
@@ -262,7 +262,7 @@ def _fake_input(x: Any, recorder: _Recorder) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep to ourselves what torch says of ops that fail at widths which are being tried."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was = logger.disabled

@@ -1,0 +1,1 @@
+"""Surgery on live models: edits of their structure, trial runs, validators, transactions."""
