@@ -1,7 +1,8 @@
-"""Whether gradients reach every parameter: one real forward and backward pass of the model's twin, which holds copies of its tensors.
+"""Whether gradients reach every parameter: a real forward and backward pass of the model's twin, which holds copies of its tensors.
 
-The model is not written to at all, so that nothing need be put back. A gradient of exactly zero is explained if it appears once everything
-that is zero among the parameters is a little off zero, as behind a zero-initialised layer or gate.
+The model is not written to at all, so that nothing need be put back. What looks wrong has to look so again for other inputs and with every
+parameter moved a little: a gradient that is zero behind a zero-initialised layer or gate, or behind units that happen to be dead, appears
+then.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .twins import Twins
 VANISHED = 1e-12  # of the median layer's norm
 EXPLODED = 1e6
 _BATCH = 4
+_AGAIN = 5  # passes that have to find again what one found
 _LOW = (torch.float16, torch.bfloat16)
 
 
@@ -37,11 +39,13 @@ class Pass:
     Attributes:
         gradients: name of a trainable parameter -> its gradient, ``None`` where none came.
         error: why the pass failed; ``""`` if it did not.
-        infinite: the first module that gave a value that is not finite from finite ones.
+        finite: whether the outputs were.
+        infinite: the first module that gave a value that is not finite from finite ones, where it was looked for.
     """
 
     gradients: dict[str, Tensor | None]
     error: str = ""
+    finite: bool = True
     infinite: str | None = None
 
 
@@ -49,21 +53,25 @@ def gradient_errors(model: nn.Module, inputs: Inputs, calls: Calls | None) -> tu
     """Errors and warnings of one pass; a second one, elsewhere, confirms what looks wrong."""
     args, kwargs = _of_few(model, inputs)
     first = _run(model, args, kwargs, seed=0)
+    if not first.error and not first.finite:
+        first = _run(model, args, kwargs, seed=0, locate=True)
+        return [f"{first.infinite or 'the model'}: its output is not finite: the layer explodes."], []
     if first.error:
         return [first.error], []
-    if first.infinite is not None:
-        return [f"{first.infinite or 'the model'}: its output is not finite: the layer explodes."], []
-    trained = {name: grad for name, grad in first.gradients.items() if not _asleep(model, name)}
+    asleep = _asleep(model)
+    trained = {name: grad for name, grad in first.gradients.items() if name not in asleep}
     errors, notes = _missing(trained, calls)
     errors += [f"{name}: its gradient is not finite." for name, grad in trained.items() if grad is not None and not _finite(grad)]
     layers = _by_layer(trained)
     suspects = _suspects(layers)
-    if suspects:
-        again = _by_layer(_run(model, args, kwargs, seed=1, nudge=True).gradients)
+    for seed in range(1, 1 + _AGAIN):
+        if not suspects:
+            break
+        again = _by_layer(_run(model, args, kwargs, seed=seed, nudge=True).gradients)
         confirmed = _suspects({path: again[path] for path in layers if path in again})
-        for path, (kind, sentence) in suspects.items():
-            if confirmed.get(path, ("",))[0] == kind:  # code that decides by values may leave a layer out on one batch and not on another
-                (notes if calls is None and kind == "vanished" else errors).append(sentence)
+        suspects = {path: said for path, said in suspects.items() if confirmed.get(path, ("",))[0] == said[0]}
+    for kind, sentence in suspects.values():  # code that decides by values may leave a layer out
+        (notes if calls is None and kind == "vanished" else errors).append(sentence)
     return errors, notes
 
 
@@ -103,8 +111,8 @@ def _suspects(layers: dict[str, float]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _run(model: nn.Module, args: Any, kwargs: Any, *, seed: int, nudge: bool = False) -> Pass:
-    """One pass of a twin; ``nudge`` moves what is exactly zero, and draws other inputs."""
+def _run(model: nn.Module, args: Any, kwargs: Any, *, seed: int, nudge: bool = False, locate: bool = False) -> Pass:
+    """One pass of a twin; ``nudge`` moves parameters and inputs, ``locate`` looks where values stop being finite."""
     generator = torch.Generator("cpu").manual_seed(seed)
     found = Pass({})
     innermost: list[tuple[BaseException, str]] = []
@@ -122,7 +130,7 @@ def _run(model: nn.Module, args: Any, kwargs: Any, *, seed: int, nudge: bool = F
             raise
         finally:
             stack.pop()
-        if found.infinite is None and not all(map(_finite, _floats(result))) and all(map(_finite, _floats((args, kwargs)))):
+        if locate and found.infinite is None and not all(map(_finite, _floats(result))) and all(map(_finite, _floats((args, kwargs)))):
             found.infinite = path
         return result
 
@@ -130,7 +138,7 @@ def _run(model: nn.Module, args: Any, kwargs: Any, *, seed: int, nudge: bool = F
         made = _in_full(tensor.detach()).clone()
         if nudge and isinstance(tensor, nn.Parameter) and made.is_floating_point():
             drawn = torch.randn(made.shape, generator=generator, device="cpu").to(made.device, made.dtype)
-            made = torch.where(made == 0, 0.05 * drawn, made)
+            made = torch.where(made == 0, 0.05 * drawn, made + _scale(made) * drawn)
         return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
     def input_of(value: Any) -> Any:
@@ -148,7 +156,9 @@ def _run(model: nn.Module, args: Any, kwargs: Any, *, seed: int, nudge: bool = F
         paths.update((id(module), path) for path, module in twin.named_modules())
         try:
             args, kwargs = pytree.tree_map(input_of, (args, kwargs))
+            leaves = [(name, tensor) for name, tensor in twin.named_parameters() if tensor.requires_grad]
             outputs = [tensor for tensor in _floats(twin(*args, **kwargs)) if tensor.requires_grad]
+            found.finite = all(map(_finite, outputs))
             terms = [(tensor * _direction(tensor, generator)).sum() / max(tensor.numel(), 1) ** 0.5 for tensor in outputs]
             if terms:
                 torch.stack([term.real.float() for term in terms]).sum().backward()
@@ -156,8 +166,14 @@ def _run(model: nn.Module, args: Any, kwargs: Any, *, seed: int, nudge: bool = F
             path = innermost[-1][1] if innermost and innermost[-1][0] is error else ""
             found.error = f"{path or 'the model'}: fails on real tensors: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             return found
-    found.gradients = {name: tensor.grad for name, tensor in twin.named_parameters() if tensor.requires_grad}
+    found.gradients = {name: tensor.grad for name, tensor in leaves}
     return found
+
+
+def _scale(values: Tensor) -> float:
+    """By how much to move values: as much as they are large, vectors more; not so much that what is saturated or far off comes to life."""
+    size = float(values.square().mean().sqrt()) if values.numel() else 0.0
+    return min(size if values.dim() > 1 else 3 * size, 1.0)
 
 
 def _in_full(tensor: Tensor) -> Tensor:
@@ -179,30 +195,19 @@ def _finite(tensor: Tensor) -> bool:
     return bool(values.detach().isfinite().all())
 
 
-def _asleep(model: nn.Module, name: str) -> bool:
-    known = registry.lookup(model.get_parameter(name)) if name in dict(model.named_parameters()) else None
-    return known is not None and known.asleep
+def _asleep(model: nn.Module) -> set[str]:
+    """Names of the parameters under a switch that is off."""
+    known = ((name, registry.lookup(parameter)) for name, parameter in model.named_parameters())
+    return {name for name, axes in known if axes is not None and axes.asleep}
 
 
 def _of_few(model: nn.Module, inputs: Inputs) -> Inputs:
-    """The inputs with a batch of four, if the model takes them so: enough for statistics, and soon done."""
+    """The inputs with a batch of four, where it is larger and the model takes that: soon done."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
-    if len(sizes) != 1 or sizes & {0, _BATCH}:
+    if len(sizes) != 1 or max(sizes) <= _BATCH:
         return inputs
-    (size,) = sizes
-    rows = torch.arange(_BATCH) % size
-    generator = torch.Generator("cpu").manual_seed(2)
-
-    def few(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        made = value.detach().index_select(0, rows.to(value.device))
-        if size < _BATCH and made.is_floating_point():
-            made = made + torch.randn(made.shape, generator=generator, device="cpu").to(made.device, made.dtype)
-        return made
-
-    made: Inputs = pytree.tree_map(few, inputs)
+    made: Inputs = pytree.tree_map(lambda leaf: leaf[:_BATCH] if isinstance(leaf, Tensor) else leaf, inputs)
     return made if attempt(model, *made, explain=False)[0] is not None else inputs
 
 

@@ -59,36 +59,40 @@ def known_inputs(model: nn.Module, given: Any = None) -> Inputs | None:
     kept = memory.derived
     if kept is not None and kept.stamp == stamp:
         return kept.inputs
-    entry = _entry(inner)
-    inputs = kept.inputs if kept is not None and kept.inputs is not None and kept.entry == entry else _derive(inner)
-    memory.derived = Derived(stamp, entry, inputs)
-    return inputs
+    if kept is not None and kept.inputs is not None and _still_first(inner, kept.entry):
+        memory.derived = Derived(stamp, kept.entry, kept.inputs)
+    else:
+        memory.derived = Derived(stamp, *_derive(inner))
+    return memory.derived.inputs
 
 
-def _derive(model: nn.Module) -> Inputs | None:
-    """The first candidate that runs in evaluation mode and as the model is."""
-    for args, kwargs in _candidates(model):
+def _derive(model: nn.Module) -> tuple[Any, Inputs | None]:
+    """The first candidate that runs in evaluation mode and as the model is, and what it was made for."""
+    for layer, (args, kwargs) in _candidates(model):
         modes = (False, None) if any(module.training for module in model.modules()) else (False,)
         if all(attempt(model, args, kwargs, training=mode, explain=False)[0] is not None for mode in modes):
-            return args, kwargs
-    return None
+            return (tuple(_parameters(model)), layer), (args, kwargs)
+    return None, None
 
 
-def _entry(model: nn.Module) -> Any:
-    """What a derived input depends on: the parameters of forward, and the kinds and sizes of the layers that may be first."""
-    return tuple(_parameters(model)), tuple((kind, size) for kind, size, _ in _first_layers(model))
+def _still_first(model: nn.Module, entry: Any) -> bool:
+    """Whether a model still takes inputs made for a layer, as far as its forward's parameters and its first layers tell."""
+    parameters, layer = entry
+    return tuple(_parameters(model)) == parameters and (layer is None or any(known[:2] == layer for known in _first_layers(model)))
 
 
-def _candidates(model: nn.Module) -> Iterator[Inputs]:
+def _candidates(model: nn.Module) -> Iterator[tuple[tuple[str, int] | None, Inputs]]:
+    """Inputs to try, each with the kind and size of the layer that it was made for."""
     parameters = _parameters(model)
     required = [p for p in parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     layers = list(_first_layers(model))
     if {"input_ids", "pixel_values"} & parameters.keys():
-        yield from _named(model, parameters, layers)
+        for inputs in _named(model, parameters, layers):
+            yield None, inputs
     elif len(required) <= 1:
         for kind, size, like in layers:
             for shape in _shapes(kind, size):
-                yield (_drawn(shape, like) if shape[1:] else _ids(size, like),), {}
+                yield (kind, size), ((_drawn(shape, like) if shape[1:] else _ids(size, like),), {})
 
 
 def _named(model: nn.Module, parameters: Any, layers: list[tuple[str, int, Tensor]]) -> Iterator[Inputs]:

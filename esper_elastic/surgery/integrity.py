@@ -1,4 +1,4 @@
-"""Whether a model's modules and tensors hang together: each registered once, of the kind and size that attributes tell, saved and loaded whole.
+"""Whether a model's modules and tensors hang together: registered once, of the kind and size that attributes tell, saved whole.
 
 Reads only. Each check is a function from a model to sentences, and says nothing of what another one finds.
 """

@@ -19,7 +19,7 @@ _KEPT = 4  # structures of a model whose calls are remembered
 
 
 class Derived(NamedTuple):
-    """Inputs that were found by trying: for which structure and which first layers, or ``None`` where none was found."""
+    """Inputs that were found by trying: for which structure, made for which layer; ``None`` where none was found."""
 
     stamp: Any
     entry: Any

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from ..convert.trace import quiet
 from ..errors import SurgeryError
 from .calls import PLAIN, Calls, CallSpec, Failure, TensorSpec, spec_of, specs_of
-from .shapes import RULES, fake_tensor
+from .shapes import RULES, SAME_TYPE, fake_tensor, require_same_type
 from .twins import Twins, unwrapped
 
 #: Errors that speak of the values that a tensor has not, or of an op that torch cannot run without them.
@@ -114,6 +114,7 @@ class _Run:
             args, kwargs = pytree.tree_map(self._input, (args, kwargs))
         autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         rules = {} if self.precise or autocast else RULES
+        same_type = frozenset[Any]() if autocast else SAME_TYPE
         with torch.inference_mode(False), torch.set_grad_enabled(self.precise):
             twin = self._twins.module(self.model)
             if self._training is not None:
@@ -121,7 +122,7 @@ class _Run:
                     module.__dict__["training"] = self._training
             self._learn_names(twin)
             try:
-                with self.mode, _Functions(self, rules):
+                with self.mode, _Functions(self, rules, same_type):
                     twin(*args, **kwargs)
             except Exception as error:
                 self.failure = self._explain(error)
@@ -238,10 +239,11 @@ class _Run:
 class _Functions(TorchFunctionMode):
     """Sees every function of torch that a run calls, and answers where a rule can."""
 
-    def __init__(self, run: _Run, rules: Mapping[Any, Any]) -> None:
+    def __init__(self, run: _Run, rules: Mapping[Any, Any], same_type: frozenset[Any]) -> None:
         super().__init__()
         self._run = run
         self._rules = rules
+        self._same_type = same_type
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -262,6 +264,8 @@ class _Functions(TorchFunctionMode):
                 if result is not None:
                     return result
         try:
+            if func in self._same_type:
+                require_same_type(*args, *kwargs.values())
             return func(*args, **kwargs)
         except Exception as error:
             self._run.note_failure(error, func, args, kwargs)

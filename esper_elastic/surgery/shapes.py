@@ -145,6 +145,26 @@ def _of_tensors(*names: str) -> list[Any]:
     return [getattr(owner, name) for name in names for owner in (torch, Tensor) if hasattr(owner, name)]
 
 
+def require_same_type(*operands: Any) -> None:
+    """Refuse a product of different types, which torch notices only where there are values.
+
+    Raises:
+        RuntimeError: as torch would.
+    """
+    types = dict.fromkeys(x.dtype for x in operands if isinstance(x, Tensor))
+    if len(types) > 1:
+        raise RuntimeError(f"expected operands of one type, got {' and '.join(str(dtype).removeprefix('torch.') for dtype in types)}")
+
+
+#: Functions all of whose operands have one type, unless autocast sees to it.
+SAME_TYPE: frozenset[Any] = frozenset(
+    (
+        *(F.linear, F.bilinear, torch.conv1d, torch.conv2d, torch.conv3d),
+        *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+        *_of_tensors("matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"),
+    )
+)
+
 #: The rule of a function, by the function.
 RULES: dict[Any, Rule] = {
     F.linear: _linear,

@@ -79,7 +79,7 @@ class Twins:
         if found is not None:
             return found
         if isinstance(module, torch.jit.ScriptModule):
-            return self._note(module, copy.deepcopy(module)) if self._copy_scripted else module
+            return self._note(module, _copied(module)) if self._copy_scripted else module
         through = _is_wrapper(module)
         kind: Any = _watched(_Through if through else type(module))
         try:
@@ -207,6 +207,15 @@ def _watched(kind: type) -> type:
     if made is None:
         made = types.new_class(kind.__name__, (_Watched, kind), exec_body=lambda body: body.update(__module__=kind.__module__))
         _classes[kind] = weakref.ref(made)
+    return made
+
+
+def _copied(scripted: Any) -> Any:
+    """A copy of a scripted module whose parameters are leaves, as its own are."""
+    with torch.no_grad():
+        made = copy.deepcopy(scripted)
+    for parameter, original in zip(made.parameters(), scripted.parameters(), strict=True):
+        parameter.requires_grad_(original.requires_grad)
     return made
 
 

@@ -112,7 +112,7 @@ class SurgeryValidator:
             optimizer: that steps it; by default those that are known to hold its parameters, if any.
 
         Effects:
-            None on the model. A copy of its tensors makes one forward and backward pass on a batch of four.
+            None on the model. A copy of its tensors makes a forward and backward pass on a batch of four at most.
 
         Raises:
             SurgeryError: ``model`` is no module.
