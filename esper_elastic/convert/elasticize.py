@@ -20,7 +20,7 @@ from ..control import Axis, DerivedAxis, ElasticDim, Segment
 from ..errors import ConversionError, OptimizerError
 from ..layers import ElasticLayer, ElasticView
 from ..layers.base import at_capacity, write_active
-from ..layers.view import Size
+from ..layers.view import Size, fill_like
 from ..optim.guard import widen_state
 from .dynamic import Recipe, make_class
 from .plan import Plan, PlannedModule, Stretches
@@ -255,11 +255,8 @@ class _Builder:
             storage = change.donor.storage(name)
             return None if storage is None else storage.detach()
         storage = at_capacity(tensor, axes)
-        view = ElasticView.__new__(ElasticView)
-        nn.Module.__init__(view)
-        view._parameters, view._buffers = change.module._parameters, change.module._buffers
+        fill_like(storage, tensor)
         with torch.no_grad():
-            ElasticView.fill_dormant(view, name, storage)
             write_active(storage, axes, tensor.detach())
         return storage
 
