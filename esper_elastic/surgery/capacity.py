@@ -221,7 +221,7 @@ def _plans(model: nn.Module, dim: ElasticDim, capacity: int, where: str) -> Iter
     for holder in model.modules():
         plan = holder.__dict__.get(PLAN)
         index = None if plan is None else _index_of(holder, plan, dim)
-        if index is None:
+        if plan is None or index is None:
             continue
         planned = plan["dims"][index]
         if planned["note"] is not None and capacity > planned["capacity"]:

@@ -120,7 +120,9 @@ class _Known(Axes):
         for name, value in self.recorded.tensors.items():
             module, key = names[name]
             if isinstance(module, ElasticLayer) and module.tensor_axes().get(key):
-                axes[id(value)] = tuple(self._stored(axis, n, module) for axis, n in zip(module.tensor_axes()[key], value.shape, strict=True))
+                axes[id(value)] = tuple(
+                    self._stored(axis, n, module) for axis, n in zip(module.tensor_axes()[key], value.shape, strict=True)
+                )
             value.axes = list(axes.get(id(value), (fresh(n) for n in value.shape)))
 
     def _stored(self, axis: Axis | None, capacity: int, module: ElasticLayer) -> Structure:
@@ -208,5 +210,3 @@ class _Known(Axes):
 def _is_leaf(module: nn.Module) -> bool:
     """Whether a module is an elastic layer that says what it takes and gives."""
     return isinstance(module, ElasticLayer) and not isinstance(module, ElasticView)
-
-
