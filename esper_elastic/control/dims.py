@@ -6,7 +6,7 @@ installed by :mod:`esper_elastic.growth`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -99,6 +99,24 @@ class DerivedAxis(Axis):
         return f"DerivedAxis(active={self.active}, capacity={self.capacity}: {parts})"
 
 
+def set_capacity(dim: ElasticDim, capacity: int, derived: Iterable[DerivedAxis]) -> None:
+    """Let a dim have another capacity, and in ``derived`` let what lies behind it begin elsewhere; whoever calls this has moved the tensors."""
+    moved = [(axis, segments_at(axis, dim, capacity)) for axis in derived]
+    dim._capacity = capacity
+    for axis, segments in moved:
+        axis._segments = segments
+
+
+def segments_at(axis: Axis, dim: ElasticDim, capacity: int) -> tuple[Segment, ...]:
+    """The segments that an axis would have if ``dim`` had another capacity; those of an axis lie end to end."""
+    segments: list[Segment] = []
+    start = 0
+    for segment in axis.segments:
+        segments.append(segment._replace(start=start))
+        start += segment.inner * (capacity if segment.dim is dim else segment.dim.capacity)
+    return tuple(segments)
+
+
 def concat(*axes: Axis) -> Axis:
     """The axis that holds ``axes`` side by side, each at its capacity offset, as ``torch.cat`` along channels does."""
     segments: list[Segment] = []
@@ -181,8 +199,12 @@ class ElasticDim(Entry, Axis):
                         found += [Binding(tensor, index, outer, inner, start, layer, name) for outer, inner, start in _periods(axis, self)]
         return found
 
-    def admit(self, n: int) -> int:
+    def admit(self, n: int, capacity: int | None = None) -> int:
         """Check a width against minimum, capacity and multiple.
+
+        Args:
+            n: the width.
+            capacity: that the dim is to have, if not its own.
 
         Raises:
             CapacityError: with what was expected, and the remedy.
@@ -191,9 +213,10 @@ class ElasticDim(Entry, Axis):
             n = exact_int(n, self.label, "width")
         if self.rigid is not None and n != self._value:
             raise CapacityError(f"{self.label}: cannot activate {n} units: its width is fixed at {self._value}, since {self.rigid}.")
-        if n > self._capacity:
+        capacity = self._capacity if capacity is None else capacity
+        if n > capacity:
             raise CapacityError(
-                f"{self.label}: cannot activate {n} units: capacity is {self._capacity}. "
+                f"{self.label}: cannot activate {n} units: capacity is {capacity}. "
                 "Rebuild the layer with a larger max_* size, or choose a width up to the capacity."
             )
         if n < self.minimum:
@@ -202,7 +225,7 @@ class ElasticDim(Entry, Axis):
             )
         if n % self.multiple_of:
             step = self.multiple_of
-            near = [width for width in (n - n % step, n - n % step + step) if self.minimum <= width <= self._capacity]
+            near = [width for width in (n - n % step, n - n % step + step) if self.minimum <= width <= capacity]
             hint = f"The nearest: {' and '.join(map(str, near))}." if near else "No width of this dim is one: build it with other bounds."
             raise CapacityError(f"{self.label}: cannot activate {n} units: expected a multiple of {step}. {hint}")
         return n

@@ -2,6 +2,10 @@
 
 A converted module stays the object that it was; only its class changes, to a subclass of its own. Such a class is made once for each
 combination and travels through pickle and deepcopy as the recipe that it was made by.
+
+Edits make classes over those of modules too. Such a class has an attribute ``original``, the class beneath, and a class method
+``laid_over(kind)`` that gives its like over another one; a module of it has a method ``put_edits_on(module, memo)``. Conversion and export
+change what is beneath, and leave the edits on top.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from torch import nn
 
 from ..errors import CapacityError, ElasticError
 from ..layers import ElasticView, Switchable
+
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 
 class Recipe(NamedTuple):
@@ -107,6 +113,52 @@ def _size(name: str) -> property:
             raise CapacityError(f"{type(self).__name__}.{name} follows the dims of the model: resize them to change it, got {value!r}.")
 
     return property(get, set)
+
+
+def beneath(kind: Any) -> Any:
+    """The class that another one was made over; the class itself, if it was not."""
+    return kind.original if hasattr(kind, "laid_over") else kind
+
+
+def with_top_of(kind: Any, below: Any) -> Any:
+    """``below``, with what a class has over the one beneath it."""
+    return kind.laid_over(below) if hasattr(kind, "laid_over") else below
+
+
+def elastic_class(module: nn.Module, elastic: Any, **further: Any) -> Any:
+    """The class of a module that becomes elastic: the elastic layer's own where nothing else is to be kept.
+
+    Args:
+        module: as it is.
+        elastic: class of layers, or ``None``.
+        further: fields of :class:`Recipe`.
+    """
+    plain = beneath(type(module))
+    whole = not any(further.values()) and getattr(elastic, "dense_class", None) is plain
+    return with_top_of(type(module), elastic if whole else make_class(Recipe(plain, elastic, **further)))
+
+
+def become_layer(module: Any, kind: Any, donor: Any) -> None:
+    """Let a module, whose tensors are at capacity already, be what an elastic layer made from it is.
+
+    Args:
+        module: that keeps its identity, tensors and hooks.
+        kind: its new class.
+        donor: the layer, which is given up.
+    """
+    training = module.training
+    module.__class__ = kind
+    for name in [name for name in module.__dict__ if isinstance(getattr(kind, name, None), property)]:
+        del module.__dict__[name]
+    for name, value in donor.__dict__.items():
+        if name not in _MODULE_ATTRIBUTES and name not in module.__dict__:
+            module.__dict__[name] = value
+    module._widths = donor._widths
+    for axis in module._widths.axes:
+        for dim in axis.dims:
+            dim.attach(module)
+    module.bind_control()
+    module.training = training
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

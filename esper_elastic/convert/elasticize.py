@@ -20,14 +20,12 @@ from ..control import Axis, DerivedAxis, ElasticDim, Segment
 from ..errors import ConversionError, OptimizerError
 from ..layers import ElasticLayer, ElasticView
 from ..layers.base import at_capacity, write_active
-from ..layers.view import Size
+from ..layers.view import Size, fill_like
 from ..optim.guard import widen_state
-from .dynamic import Recipe, make_class
+from .dynamic import become_layer, elastic_class
 from .plan import Plan, PlannedModule, Stretches
 from .planner import make_plan
 from .restore import or_nothing
-
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
 #: The attribute of a converted model that holds the plan as JSON-able data: it goes where the model goes.
 PLAN = "_elastic_plan"
@@ -215,7 +213,6 @@ class _Builder:
         """
         donor: ElasticLayer | None = None
         axes: dict[str, tuple[Axis | None, ...]] = {}
-        original = type(module)
         elastic: Any = None
         try:
             if planned.layer is not None:
@@ -230,14 +227,11 @@ class _Builder:
                     self._check(module, planned.path, name, axes[name])
         except (ValueError, AttributeError, TypeError) as error:
             raise ConversionError(
-                f"plan: module {planned.path!r} ({original.__name__}) is not what the plan was made for: {error}"
+                f"plan: module {planned.path!r} ({type(module).__name__}) is not what the plan was made for: {error}"
             ) from error
         views = tuple(name for name, own in axes.items() if any(axis is not None for axis in own)) if planned.layer is None else ()
         sizes = tuple(planned.sizes) if donor is None else ()
-        if donor is not None and planned.switch is None and elastic.dense_class is original:
-            made: type[nn.Module] = elastic
-        else:
-            made = make_class(Recipe(original, elastic, views, sizes, planned.switch is not None))
+        made = elastic_class(module, elastic, tensors=views, sizes=sizes, switched=planned.switch is not None)
         return _Change(module, planned, made, donor, axes)
 
     def _check(self, module: nn.Module, path: str, name: str, axes: tuple[Axis | None, ...]) -> None:
@@ -255,31 +249,20 @@ class _Builder:
             storage = change.donor.storage(name)
             return None if storage is None else storage.detach()
         storage = at_capacity(tensor, axes)
-        view = ElasticView.__new__(ElasticView)
-        nn.Module.__init__(view)
-        view._parameters, view._buffers = change.module._parameters, change.module._buffers
+        fill_like(storage, tensor)
         with torch.no_grad():
-            ElasticView.fill_dormant(view, name, storage)
             write_active(storage, axes, tensor.detach())
         return storage
 
     def carry_out(self, change: _Change) -> None:
         """Turn a module into what was prepared. Its tensors are at capacity already."""
         module, planned = change.module, change.planned
+        if change.donor is not None:
+            become_layer(module, change.made, change.donor)
+            return
         training = module.training
         module.__class__ = change.made
-        if change.donor is not None:
-            for name in [name for name in module.__dict__ if isinstance(getattr(change.made, name, None), property)]:
-                del module.__dict__[name]
-            for name, value in change.donor.__dict__.items():
-                if name not in _MODULE_ATTRIBUTES and name not in module.__dict__:
-                    module.__dict__[name] = value
-            module._widths = change.donor._widths
-            for axis in module._widths.axes:
-                for dim in axis.dims:
-                    dim.attach(module)
-            module.bind_control()
-        elif planned.tensors or planned.sizes:
+        if planned.tensors or planned.sizes:
             sizes = {name: self._size(module, name, kept) for name, kept in planned.sizes.items()}
             newborn = {name: tuple(births) for name, births in planned.newborn.items()}
             module.become_view(change.axes, sizes, newborn, planned.mixed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import ElasticBlock, ElasticLayer, ElasticView, Switchable
-from .dynamic import Converted, original_class
+from .dynamic import Converted, beneath, original_class, with_top_of
 from .elasticize import PLAN
 from .names import SWITCH_ATTRIBUTES, VIEW_ATTRIBUTES
 
@@ -23,7 +23,8 @@ def export(model: nn.Module) -> nn.Module:
 
     A converted module gets its own class back, with the sizes that it keeps as they are now; a hand-built elastic layer becomes the ``nn``
     layer that it stands for. A block that is on becomes the module that it was or holds. One that is off becomes ``nn.Identity()``, or for
-    a branch ``nn.Threshold(inf, 0)``, which maps every finite number to zero. Tied parameters stay tied; hooks travel as in a deepcopy.
+    a branch ``nn.Threshold(inf, 0)``, which maps every finite number to zero. Tied parameters stay tied; hooks travel as in a deepcopy, and
+    edits of the model stay in place.
 
     Effects:
         None on ``model``. Allocates the active weights once; draws no random number.
@@ -32,7 +33,8 @@ def export(model: nn.Module) -> nn.Module:
     elastic = [module for module in model.modules() if isinstance(module, ElasticLayer | Converted)]
     for module in elastic:
         off = isinstance(module, Switchable) and not module.on
-        memo[id(module)] = _substitute(module) if off else original_of(module).__new__(original_of(module))
+        kind = with_top_of(type(module), original_of(module))
+        memo[id(module)] = _substitute(module) if off else kind.__new__(kind)
     for module in elastic:
         for tensor, part in _tensors(module):
             memo.setdefault(id(tensor), part)
@@ -45,7 +47,12 @@ def export(model: nn.Module) -> nn.Module:
             memo[id(module)].__dict__.update(copy.deepcopy(_plain_attributes(module), memo))
     for block in reversed(list(model.modules())):  # inner ones first
         if isinstance(block, ElasticBlock):
-            memo[id(block)] = copy.deepcopy(block.module, memo) if block.on else _substitute(block)
+            inside = copy.deepcopy(block.module, memo) if block.on else _substitute(block)
+            memo[id(block)] = inside if beneath(type(block)) is type(block) else nn.Sequential(inside)
+        if isinstance(block, ElasticBlock) or (isinstance(block, Switchable) and not block.on):
+            put = getattr(block, "put_edits_on", None)  # what edits have put before and after it runs whether it is on or off
+            if put is not None:
+                put(memo[id(block)], memo)
     plain = copy.deepcopy(model, memo)
     for each in plain.modules():
         each.__dict__.pop(PLAN, None)

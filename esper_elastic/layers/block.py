@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -45,6 +46,10 @@ class Switchable(nn.Module):
         """The module that holds everything under the switch."""
         return self
 
+    def governed(self) -> Iterator[nn.Module]:
+        """The modules under the switch."""
+        return self.inside.modules()
+
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         """What the block gives while it is on."""
         raise NotImplementedError
@@ -78,7 +83,7 @@ class Switchable(nn.Module):
 
     def govern_inside(self) -> None:
         """Put everything inside under the switch. Needed again only after modules or parameters inside were replaced."""
-        inside = list(self.inside.modules())
+        inside = list(self.governed())
         ControlBlock.merge((self.switch.block, *(m._widths.block for m in inside if isinstance(m, ElasticLayer))))
         for module in inside:
             if isinstance(module, ElasticLayer):

@@ -186,15 +186,18 @@ class ElasticView(ElasticLayer):
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in super().__getstate__().items() if key != "_masks"}
 
-    def fill_dormant(self, name: str, storage: Tensor) -> None:
-        """Give ``storage`` finite values: of the law of its present ones for a matrix, their mean for a vector."""
-        present = self.storage(name)
-        assert present is not None
-        if not storage.is_floating_point() or storage.is_meta or not present.numel():
-            return
-        values = present.detach().float()
-        spread = float(values.std(correction=0)) * 3**0.5 if values.dim() > 1 else 0.0
-        storage.uniform_(-spread, spread, generator=private_generator(storage.device)).add_(float(values.mean()))
+    def _fill_dormant(self, name: str, storage: Tensor) -> None:
+        fill_like(storage, self.active(name))
 
     def to_dense(self) -> nn.Module:
         raise NotImplementedError(f"{type(self).__name__}: export the model that it is part of: ee.export(model).")
+
+
+@torch.no_grad()
+def fill_like(storage: Tensor, present: Tensor) -> None:
+    """Give ``storage`` finite values: of the law of ``present`` for a matrix, their mean for a vector."""
+    if not storage.is_floating_point() or storage.is_meta or present.is_meta or not present.numel():
+        return
+    values = present.detach().float()
+    spread = float(values.std(correction=0)) * 3**0.5 if values.dim() > 1 else 0.0
+    storage.uniform_(-spread, spread, generator=private_generator(storage.device)).add_(float(values.mean()))

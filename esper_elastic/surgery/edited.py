@@ -149,6 +149,22 @@ class Edited:
         args, kwargs = edits.enter(args, kwargs)
         return edits.leave(super().__call__(*args, **kwargs))  # type: ignore[misc]
 
+    @classmethod
+    def laid_over(cls, kind: type[nn.Module]) -> Any:
+        """The class of a module of class ``kind`` with edits like those of this one."""
+        return edited_class(kind, cls.removed)
+
+    def put_edits_on(self, module: nn.Module, memo: dict[int, Any]) -> None:
+        """Give another module copies of the edits, as ``copy.deepcopy`` with ``memo`` makes them."""
+        module._modules[EDITS] = copy.deepcopy(self._modules[EDITS], memo)  # type: ignore[attr-defined]
+        module.__class__ = self.laid_over(type(module))
+
+    def governed(self) -> Iterator[nn.Module]:
+        """What a switch of the module turns off: not what runs before and after it, whether it is on or off."""
+        edits: Any = self._modules[EDITS]  # type: ignore[attr-defined]
+        beyond = {id(edits), *(id(part) for name in (*edits.before, *edits.after) for part in edits._modules[name].modules())}
+        return (module for module in super().governed() if id(module) not in beyond)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         make, arguments, *state = super().__reduce_ex__(max(2, int(protocol)))
         plain = tuple(self.original if argument is type(self) else argument for argument in arguments)
