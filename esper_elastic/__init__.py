@@ -32,6 +32,7 @@ from .layers import (
 from .model import control_block, dims, disable, enable, resize, set_layout
 from .ops import backend_info
 from .summary import Summary, summary
+from .surgery import LayerSpec, ModelSurgeon, SurgeryResult, SurgeryValidator, ValidationResult, journal, replay, transaction
 
 __version__ = "0.1.0"
 
@@ -66,6 +67,14 @@ __all__ = [
     "set_layout",
     "Summary",
     "summary",
+    "LayerSpec",
+    "ModelSurgeon",
+    "SurgeryResult",
+    "SurgeryValidator",
+    "ValidationResult",
+    "journal",
+    "replay",
+    "transaction",
     "growth",
     "importance",
     "errors",
