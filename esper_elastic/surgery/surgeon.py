@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ..errors import ElasticError, SurgeryError
-from . import journal
 from .edit import Edit
 from .insert import add_layer
+from .journal import FORMAT, describe, layer_of, record
 from .modify import modify_layer
 from .remove import remove_layer
 from .skip import add_skip_connection, remove_skip_connection
@@ -180,7 +180,7 @@ class ModelSurgeon:
         """
         arguments = dict(entry["arguments"])
         if "layer" in arguments:
-            arguments["layer"] = journal.layer_of(dict(entry), modules or {})
+            arguments["layer"] = layer_of(dict(entry), modules or {})
         return self._edit(entry["operation"], model, arguments, repeats=entry.get("details", {}))
 
     # How edits are made
@@ -209,7 +209,7 @@ class ModelSurgeon:
                 edit.details.setdefault("function_kept", bool(arguments.get("preserve", True)))
                 if planned:
                     raise _Planned
-                journal.record(root, entry | {"name": edit.name, "details": edit.to_journal()})
+                record(root, entry | {"name": edit.name, "details": edit.to_journal()})
                 _forget_compiled(model, root)
         except _Planned:
             pass
@@ -252,8 +252,8 @@ _BODIES: dict[str, Callable[[Edit, Mapping[str, Any]], None]] = {
 def _entry(operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What the journal says of an edit before it is made: a layer may be given other weights and sizes by it."""
     layer = arguments.get("layer")
-    described = {"layer": journal.describe(layer)} if isinstance(layer, nn.Module | LayerSpec) else {}
-    return {"format": journal.FORMAT, "operation": operation, "arguments": {**arguments, **described}}
+    described = {"layer": describe(layer)} if isinstance(layer, nn.Module | LayerSpec) else {}
+    return {"format": FORMAT, "operation": operation, "arguments": {**arguments, **described}}
 
 
 def root_of(model: nn.Module) -> nn.Module:
