@@ -164,9 +164,9 @@ class Following:
             )
 
     def _find_average(self, ema: Any) -> None:
-        names = [name for name, _ in self.model.named_parameters()]
+        names = {name for name, _ in self.model.named_parameters()}
         for found in (ema, *(getattr(ema, name, None) for name in _AVERAGES)):
-            if isinstance(found, nn.Module) and [name for name, _ in found.named_parameters()] == names:
+            if isinstance(found, nn.Module) and any(name in names for name, _ in found.named_parameters()):
                 if not any(found is twin for twin in self.twins):
                     self.twins.append(found)
                 return
