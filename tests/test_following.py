@@ -1,7 +1,9 @@
 """What follows the parameters of a model that is edited: optimizer groups, state, step counts, and averages of the weights."""
 
 import copy
+import gc
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.optim import Optimizer
 import esper_elastic as ee
 from esper_elastic.errors import OptimizerError, TransactionError
 from esper_elastic.surgery import transaction, twins
-from esper_elastic.surgery.undo import added, removed
+from esper_elastic.surgery.undo import added, moved, removed
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-2, amsgrad=True),
@@ -136,6 +138,37 @@ def test_counts_of_four_units_are_not_taken_for_state():
     assert optimizer.step_counts(model.bias).tolist() == [1, 1, 1, 1, 0, 0]
 
 
+def test_without_state_all_of_a_grown_parameter_is_stepped():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4)
+    optimizer = ee.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(2, 3)).sum().backward()
+        optimizer.step()
+    edited(model, lambda model: (widen(model.weight, 0, 6), widen(model.bias, 0, 6)), optimizer)
+    optimizer.zero_grad()
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert (model.weight[4:] == -0.2).all() and (model.bias[4:] == -0.2).all()
+
+
+def test_factored_state_is_that_of_a_unit_which_is_kept():
+    model, optimizer = stepped("Adafactor")
+    weight = model.head.weight
+    rows, columns = (optimizer.state[weight][key].clone() for key in ("row_var", "col_var"))
+    assert (rows.shape, columns.shape) == ((4, 1), (1, 6))
+
+    def edit(model: Any) -> None:
+        weight.grad = None
+        weight.data = torch.zeros(6, 6)
+        moved(weight, (4, 6), lambda made, kept: made[3:5].copy_(kept[1:3]))
+
+    edited(model, edit, optimizer)
+    after = optimizer.state[weight]
+    assert torch.equal(after["row_var"][3:5], rows[1:3]) and after["row_var"].flatten().nonzero().flatten().tolist() == [3, 4]
+    assert torch.equal(after["col_var"], columns)
+
+
 def test_a_guarded_optimizer_follows():
     model, optimizer = stepped("AdamW")
     ee.optim.guard(optimizer, model)
@@ -202,6 +235,18 @@ def test_what_is_removed_leaves_group_and_state():
     assert not any(p is bias for p in optimizer.param_groups[0]["params"])
     assert not any(p is bias for p in optimizer.state)
     step(model, optimizer)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "ours AdamW"])
+def test_what_is_removed_is_held_by_nobody(name):
+    model, optimizer = stepped(name)
+    with transaction(model, optimizer, validate=False) as ended:
+        removed(model.head.bias)
+        gone = weakref.ref(model.head.bias)
+        model.head.bias = None
+    optimizer.zero_grad()
+    gc.collect()
+    assert gone() is None, ended
 
 
 def test_edits_that_nobody_reported_are_settled_at_the_end():
