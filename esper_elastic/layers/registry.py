@@ -6,8 +6,6 @@ Keyed weakly by tensor identity. Attributes on parameters would vanish in deepco
 from __future__ import annotations
 
 import functools
-import itertools
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -44,9 +42,6 @@ class ParameterAxes:
 _registry: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _revision = 0
 
-#: Raise the revision. Built in, as :func:`remembered` says; never back to a number that was, by which something else may be known.
-renew: Callable[[], Any] = functools.partial(next, map(functools.partial(operator.setitem, globals(), "_revision"), itertools.count(1)))
-
 
 def revision() -> int:
     """A number that changes whenever the axes or switches of a parameter do, so that what was looked up need not be again."""
@@ -54,8 +49,9 @@ def revision() -> int:
 
 
 def _note(parameter: Tensor, known: ParameterAxes) -> None:
+    global _revision
     _registry[parameter] = known
-    renew()
+    _revision += 1
 
 
 def register(parameter: Tensor, axes: tuple[Axis | None, ...], switches: tuple[Switch, ...]) -> None:
@@ -72,8 +68,9 @@ def add_switch(parameter: Tensor, switch: Switch) -> None:
 
 def forget(parameter: Tensor) -> None:
     """Drop what is known of ``parameter``, until it is registered again."""
+    global _revision
     _registry.pop(parameter, None)
-    renew()
+    _revision += 1
 
 
 def lookup(parameter: Tensor) -> ParameterAxes | None:
@@ -83,7 +80,7 @@ def lookup(parameter: Tensor) -> ParameterAxes | None:
 
 
 def remembered(parameter: Tensor) -> Callable[[], Any]:
-    """A call that lets what is known of ``parameter`` be what it is now, without running a line of this package; :data:`renew` after it."""
+    """A call that lets what is known of ``parameter`` be what it is now, without running a line of this package."""
     known = _registry.get(parameter)
     if known is None:
         return functools.partial(_registry.pop, parameter, None)

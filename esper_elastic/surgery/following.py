@@ -5,7 +5,6 @@ All of it is written under the log of a transaction. State tensors stay the obje
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from ..followers import known_optimizers
 from ..optim.base import ElasticOptimizer
 from ..optim.counts import StepCounts, is_dense
 from ..optim.guard import state_layout, tracked_axes
-from .undo import Write, open_here
+from .undo import Write
 
 #: Where classes that average the weights keep the average: a module like the model, or a dict of tensors by name.
 _AVERAGES = ("module", "ema", "ema_model", "averaged_model", "shadow")
@@ -104,6 +103,8 @@ class Following:
             if optimizer.state.get(parameter):
                 _require_sizes(optimizer)
                 _move_state(optimizer, parameter, shape, write)
+            if isinstance(optimizer, ElasticOptimizer):
+                optimizer._forget()
         entry = None if self.average is None else self.average.get(self._key(parameter))
         if isinstance(entry, Tensor) and tuple(entry.shape) == shape:
             made = torch.empty_like(parameter, dtype=entry.dtype, device=entry.device, requires_grad=False).copy_(parameter)
@@ -164,9 +165,9 @@ class Following:
             )
 
     def _find_average(self, ema: Any) -> None:
-        names = [name for name, _ in self.model.named_parameters()]
+        names = {name for name, _ in self.model.named_parameters()}
         for found in (ema, *(getattr(ema, name, None) for name in _AVERAGES)):
-            if isinstance(found, nn.Module) and [name for name, _ in found.named_parameters()] == names:
+            if isinstance(found, nn.Module) and any(name in names for name, _ in found.named_parameters()):
                 if not any(found is twin for twin in self.twins):
                     self.twins.append(found)
                 return
@@ -237,8 +238,6 @@ def _move_state(optimizer: Optimizer, parameter: Tensor, shape: tuple[int, ...],
             if known is not None and known.initial is not None:
                 made.copy_(known.initial)
             value.data = _written(made, value, shape, axes, write)
-    if isinstance(optimizer, ElasticOptimizer):
-        optimizer._forget()
 
 
 def _layout(optimizer: Optimizer, parameter: Tensor, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -278,8 +277,6 @@ _waiting: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _wait(parameter: Tensor, near: Tensor | None, model: nn.Module) -> None:
-    for each in open_here():
-        each.log.add(functools.partial(_waiting.pop, parameter, None))
     _waiting[parameter] = (None if near is None else weakref.ref(near), weakref.ref(model))
 
 

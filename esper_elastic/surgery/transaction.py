@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import TransactionError
-from ..layers import registry
 from ..model import forgetting
 from .following import Following, join_waiting
 from .undo import UndoLog, Write, open_here, open_transactions
@@ -132,7 +131,7 @@ class Transaction(contextlib.ExitStack):
         self._following = Following(self.model, optimizers, ema) if outer is None else outer._following
         things = [self.model, *optimizers, *schedulers, *(each for each in (scaler, ema) if each is not None)]
         for log in (*(each.log for each in outside), self.log):
-            log.add(registry.renew, *forgetting(self.model))
+            log.add(*forgetting(self.model))
             log.record(self._following, *things)
             log.save_values(*_numbers(self._following.optimizers, schedulers, scaler))
         if outer is not None and (optimizers or ema is not None):

@@ -5,8 +5,8 @@ what makes those calls, in the order that they need, is built in too. An excepti
 and again, and the log still unwinds: no line of this package is part of that.
 
 It holds references, not copies: it costs by the number of objects, not of weights. Values written in place are the exception, and
-:func:`save_values` clones them first. Followed are modules, optimizers, schedulers, gradient scalers, tensors, generators, the control
-block with its dims, and containers among their attributes; other objects of the user's own are left to the user.
+:func:`save_values` clones them first. Followed are modules, optimizers, schedulers, tensors, generators, the control block with its
+dims, and containers among their attributes; other objects of the user's own are left to the user.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .. import followers
-from ..control import Axis, ControlBlock, Replica
+from ..control import Axis, ControlBlock
 from ..control.block import Entry
 from ..layers import registry
 from ..ops import Widths
@@ -161,9 +161,11 @@ class UndoLog:
                 rule = rules[kind]
             except KeyError:
                 rule = rules[kind] = _rule_of(kind)
-            if rule is not None and id(thing) not in known and id(thing) not in seen:
-                seen[id(thing)] = thing
-                rule(thing, notes, pending)
+            if rule is not None:
+                key = id(thing)
+                if key not in seen and key not in known:
+                    seen[key] = thing
+                    rule(thing, notes, pending)
         self._notes += notes.iterators()  # first, so that whatever is known is noted, also if an exception arrives between
         self._known.update(seen)
 
@@ -245,7 +247,7 @@ def _note_object(thing: Any, notes: _Notes, pending: list[Any]) -> None:
     notes.classes.append(type(thing))
     attributes = getattr(thing, "__dict__", None)
     if attributes is not None:
-        pending.append(attributes)
+        _note_dict(attributes, notes, pending)
     for base in type(thing).__mro__:
         slots = base.__dict__.get("__slots__")
         for name in (slots,) if isinstance(slots, str) else slots or ():
@@ -335,7 +337,7 @@ def _note_tensor(tensor: Any, notes: _Notes, pending: list[Any]) -> None:
                 notes.calls.append(functools.partial(object.__setattr__, tensor, name, hooks))
                 if hooks is not None:
                     pending.append(hooks)
-    pending.append(tensor.__dict__)
+    _note_dict(tensor.__dict__, notes, pending)
 
 
 def _note_generator(generator: torch.Generator, notes: _Notes, pending: list[Any]) -> None:
@@ -350,7 +352,7 @@ def _note_entry(entry: Entry, notes: _Notes, pending: list[Any]) -> None:
 def _note_control_block(block: ControlBlock, notes: _Notes, pending: list[Any]) -> None:
     _note_object(block, notes, pending)
     pending += block.entries()
-    for tensor in (block._host, *(replica.tensor for replica in block._replicas.values())):
+    for tensor in (block._host, *block._superseded, *(replica.tensor for replica in block._replicas.values())):
         notes.values(tensor)
 
 
@@ -374,11 +376,9 @@ _RULES: tuple[tuple[type, _Rule], ...] = (
     (deque, _note_deque),
     (Optimizer, _note_optimizer),
     (LRScheduler, _note_object),
-    (torch.amp.GradScaler, _note_object),
     (Entry, _note_entry),
     (ControlBlock, _note_control_block),
     (Axis, _note_object),
-    (Replica, _note_object),
     (Widths, _note_object),
     (torch.Generator, _note_generator),
 )
