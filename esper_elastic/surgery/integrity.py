@@ -27,7 +27,7 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 def tree_errors(model: nn.Module) -> Iterator[str]:
     """Cycles, children that are no modules, modules registered twice under one parent."""
     yield from _cycles(model)
-    for path, module in model.named_modules():
+    for path, module in _walk(model):
         where = _called(path)
         names: dict[int, str] = {}
         for name, child in module._modules.items():
@@ -40,6 +40,18 @@ def tree_errors(model: nn.Module) -> Iterator[str]:
             holds = next(child.parameters(), None) is not None
             if first != name and holds and not isinstance(module, _CONTAINERS):
                 yield f"{where}: {type(child).__name__} is registered twice, as {first!r} and {name!r}. Remove one of the two."
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, however broken the tree is."""
+    seen: set[int] = set()
+    pending: list[tuple[str, Any]] = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        if isinstance(module, nn.Module) and id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+            pending += [(f"{path}.{name}".lstrip("."), child) for name, child in module._modules.items()]
 
 
 def _cycles(model: nn.Module) -> Iterator[str]:

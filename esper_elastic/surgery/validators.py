@@ -118,7 +118,10 @@ class SurgeryValidator:
             SurgeryError: ``model`` is no module.
         """
         inner = _require_module(model, "validate_gradient_flow")
-        errors, notes = _membership(inner, optimizer)
+        try:
+            errors, notes = _membership(inner, optimizer)
+        except Exception as failure:
+            return _result([f"the optimizer's groups could not be looked at: {type(failure).__name__}: {failure}"], [])
         calls, error, note = self._look(inner)
         if error:
             return _result([*errors, error], notes)
