@@ -114,7 +114,7 @@ def load(
                 _replay([edit for edit in content["journal"] if not edit.get("elastic")], model, modules, where)
                 _apply_plan(content["plan"], model, optimizer, where)
             _replay(content["journal"], model, modules, where)
-            opened.settle()  # the optimizer holds what the model does from here on
+            opened._following.settle()  # the optimizer holds what the model does from here on
             importlib.import_module("esper_elastic.surgery.undo").save_values(*_live_tensors(model, where).values())
             _load(content, tensors, model, optimizer, False, where)
     else:

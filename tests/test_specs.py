@@ -163,6 +163,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "no dict": (("ReLU", [("inplace", True)]), r"ReLU: arguments: expected a dict, got a list"),
     "missing": (("Linear", {"in_features": 3}), r"Linear: out_features: expected an integer from 1 to 268435456, got nothing"),
     "bool for int": (("Conv2d", CONV | {"groups": True}), r"Conv2d: groups: expected an integer from 1 to \d+; got True"),
+    "bool for number": (("Dropout", {"p": True}), r"Dropout: p: expected a number from 0 to 1; got True"),
     "int for bool": (("Conv2d", CONV | {"bias": 1}), r"Conv2d: bias: expected true or false; got 1"),
     "float for int": (("Conv2d", CONV | {"in_channels": 4.0}), r"in_channels: expected an integer.*got 4.0"),
     "tensor for int": (("Conv2d", CONV | {"in_channels": torch.tensor(4)}), r"in_channels: .* got a Tensor"),
