@@ -7,7 +7,9 @@ move units under them. All of it is held weakly.
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -88,6 +90,25 @@ def followers_of(param: Tensor) -> list[Follower]:
 def unguarded_with_state(param: Tensor) -> Optimizer | None:
     """An optimizer that has stepped, does not follow and holds state for ``param``; ``None`` if there is none."""
     return next((optimizer for optimizer in _strangers if optimizer.state.get(param)), None)
+
+
+def known_optimizers(params: Iterable[Tensor]) -> list[Optimizer]:
+    """The optimizers that hold one of ``params`` in their groups: of those that follow, and of those that have stepped."""
+    wanted = {id(param) for param in params}
+    known = dict.fromkeys([*_followers, *_strangers])
+    return [optimizer for optimizer in known if any(id(param) in wanted for group in optimizer.param_groups for param in group["params"])]
+
+
+def remembered(optimizer: Optimizer) -> list[Callable[[], Any]]:
+    """Calls that let what is known of ``optimizer`` be what it is now; none runs a line of this package."""
+    watch = _strangers.get(optimizer)
+    follows = _followers.add if optimizer in _followers else _followers.discard
+    return [
+        functools.partial(follows, optimizer),
+        functools.partial(_strangers.pop, optimizer, None)
+        if watch is None
+        else functools.partial(_strangers.__setitem__, optimizer, watch),
+    ]
 
 
 def _watch(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
+import itertools
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -120,6 +123,11 @@ def put_in_layout(module: nn.Module, layout: str) -> None:
         module.be_static(layout == "static")
 
 
+def forgetting(model: nn.Module) -> list[Callable[[], Any]]:
+    """Calls after which the structure of ``model`` is looked up anew; none runs a line of this package."""
+    return [functools.partial(_structures.pop, model, None), _count]
+
+
 def copy_structure(model: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> nn.Module:
     """A deep copy of ``model``, on a control block of its own, that holds ``stand_in(tensor)`` for each tensor of a module, once."""
     memo: dict[int, object] = {}
@@ -186,11 +194,13 @@ _structures: weakref.WeakKeyDictionary[nn.Module, _Structure] = weakref.WeakKeyD
 
 
 _registrations = 0
+_count: Callable[[], Any] = functools.partial(
+    next, map(functools.partial(operator.setitem, globals(), "_registrations"), itertools.count(1))
+)
 
 
 def _count_registration(module: nn.Module, name: str, child: nn.Module | None) -> None:
-    global _registrations
-    _registrations += 1
+    _count()
 
 
 register_module_module_registration_hook(_count_registration)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from contract import poison
+from interrupting import Lines
 from torch import Tensor, nn
 
 import esper_elastic as ee
@@ -571,44 +572,23 @@ def test_without_safetensors_the_remedy_is_named(path: Path, monkeypatch: pytest
 # Interrupted loads
 
 
-class Lines:
-    """Counts the lines that run in the files that load, and raises KeyboardInterrupt at the nth, if there is one."""
-
-    FILES = (checkpoint.__file__, sys.modules["esper_elastic.optim.packing"].__file__)
-
-    def __init__(self, nth: int = 0) -> None:
-        self.count, self.nth = 0, nth
-
-    def __call__(self, frame: Any, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in self.FILES:
-            return None
-        if event == "line":
-            self.count += 1
-            if self.count == self.nth:
-                raise KeyboardInterrupt
-        return self
-
-    def __enter__(self) -> Lines:
-        sys.settrace(self)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        sys.settrace(None)
+#: The files that load.
+FILES = (checkpoint.__file__, sys.modules["esper_elastic.optim.packing"].__file__)
 
 
 def assert_whole_or_nothing(path: Path, make: Callable[[], tuple[nn.Module, torch.optim.Optimizer]]) -> None:
     """Interrupts a load at many lines, at each of the last ones: nothing has changed, but at the very last line, where all is done."""
-    with Lines() as lines:
+    with Lines(files=FILES) as lines:
         ee.load(path, *make())
     model, optimizer = make()
     before, params = everything(model, optimizer), [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert lines.count > 200
     for nth in sorted({*range(1, lines.count - 60, lines.count // 60), *range(lines.count - 60, lines.count)}):
-        with Lines(nth), pytest.raises(KeyboardInterrupt):
+        with Lines(nth, files=FILES), pytest.raises(KeyboardInterrupt):
             ee.load(path, model, optimizer)
         assert everything(model, optimizer) == before, f"line {nth} of {lines.count}"
         assert [id(p) for group in optimizer.param_groups for p in group["params"]] == params
-    with Lines(lines.count), pytest.raises(KeyboardInterrupt):
+    with Lines(lines.count, files=FILES), pytest.raises(KeyboardInterrupt):
         ee.load(path, model, optimizer)
     whole, stepper = make()
     ee.load(path, whole, stepper)

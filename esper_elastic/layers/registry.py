@@ -5,7 +5,11 @@ Keyed weakly by tensor identity. Attributes on parameters would vanish in deepco
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -40,6 +44,9 @@ class ParameterAxes:
 _registry: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _revision = 0
 
+#: Raise the revision. Built in, as :func:`remembered` says; never back to a number that was, by which something else may be known.
+renew: Callable[[], Any] = functools.partial(next, map(functools.partial(operator.setitem, globals(), "_revision"), itertools.count(1)))
+
 
 def revision() -> int:
     """A number that changes whenever the axes or switches of a parameter do, so that what was looked up need not be again."""
@@ -47,9 +54,8 @@ def revision() -> int:
 
 
 def _note(parameter: Tensor, known: ParameterAxes) -> None:
-    global _revision
     _registry[parameter] = known
-    _revision += 1
+    renew()
 
 
 def register(parameter: Tensor, axes: tuple[Axis | None, ...], switches: tuple[Switch, ...]) -> None:
@@ -66,12 +72,19 @@ def add_switch(parameter: Tensor, switch: Switch) -> None:
 
 def forget(parameter: Tensor) -> None:
     """Drop what is known of ``parameter``, until it is registered again."""
-    global _revision
     _registry.pop(parameter, None)
-    _revision += 1
+    renew()
 
 
 def lookup(parameter: Tensor) -> ParameterAxes | None:
     """The axes of ``parameter``, or ``None`` if no elastic layer or block holds it."""
     found: ParameterAxes | None = _registry.get(parameter)
     return found
+
+
+def remembered(parameter: Tensor) -> Callable[[], Any]:
+    """A call that lets what is known of ``parameter`` be what it is now, without running a line of this package; :data:`renew` after it."""
+    known = _registry.get(parameter)
+    if known is None:
+        return functools.partial(_registry.pop, parameter, None)
+    return functools.partial(_registry.__setitem__, parameter, known)

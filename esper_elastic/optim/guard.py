@@ -93,19 +93,28 @@ def widen_state(optimizer: Optimizer, param: Tensor, shape: tuple[int, ...], wri
     kept = optimizer.state.get(param)
     if not kept:
         return
-    layout: dict[str, _Layout] = {}
-    if not follows(optimizer) or isinstance(optimizer, _Guarded):
-        group = next((group for group in optimizer.param_groups if any(other is param for other in group["params"])), None)
-        layout = {} if group is None else _layout_of(optimizer, group, param, type(optimizer).__name__)
+    layout = state_layout(optimizer, param)
     for name, value in list(kept.items()):
         known = layout.get(name)
-        axes = _tracked(value, shape) if known is None else known.axes
+        axes = tracked_axes(value, shape) if known is None else known.axes
         if axes and value.shape == tuple(size if axis in axes else 1 for axis, size in enumerate(shape)):
             made = value.new_zeros([size if axis in axes else 1 for axis, size in enumerate(param.shape)])
             if known is not None and known.initial is not None:
                 made.copy_(known.initial)
             write(made, value)
             kept[name] = made
+
+
+def state_layout(optimizer: Optimizer, param: Tensor) -> dict[str, _Layout]:
+    """How ``optimizer`` lays out the state of ``param``, by names; empty for ours, whose state has the parameter's shape.
+
+    Raises:
+        OptimizerError: part of it is of a shape that has nothing to do with units.
+    """
+    if follows(optimizer) and not isinstance(optimizer, _Guarded):
+        return {}
+    group = next((group for group in optimizer.param_groups if any(other is param for other in group["params"])), None)
+    return {} if group is None else _layout_of(optimizer, group, param, type(optimizer).__name__)
 
 
 class _Guarded:
@@ -173,7 +182,7 @@ class _Guarded:
     @torch.no_grad()
     def permute_state(self, param: Tensor, axis: int, order: Tensor) -> None:
         for tensor in self.state.get(param, {}).values():
-            if axis in _tracked(tensor, param.shape):
+            if axis in tracked_axes(tensor, param.shape):
                 tensor.copy_(tensor.index_select(axis, order.to(tensor.device)))
 
     @torch.no_grad()
@@ -184,7 +193,7 @@ class _Guarded:
         group = next(group for group in self.param_groups if any(other is param for other in group["params"]))
         layout = _probe(self, group, param)
         for name, tensor in kept.items():
-            if axis in _tracked(tensor, param.shape):
+            if axis in tracked_axes(tensor, param.shape):
                 part = tensor.narrow(axis, start, stop - start)
                 if name in layout and layout[name].initial is not None:
                     part.copy_(layout[name].initial)
@@ -217,19 +226,19 @@ class _Slice:
         self.copied = any(len(run) > 1 for run in runs)
         self.view = self.take(param.detach())
         self.view.grad = None if param.grad is None else self.take(param.grad)
-        self.state = {name: self.take(value) if _tracked(value, param.shape) else value for name, value in kept.items()}
+        self.state = {name: self.take(value) if tracked_axes(value, param.shape) else value for name, value in kept.items()}
         self.shown = dict(self.state)
 
     def take(self, tensor: Tensor) -> Tensor:
         """The active part of ``tensor``, whose axes are those of the parameter or have size 1."""
-        for axis in _tracked(tensor, self.param.shape):
+        for axis in tracked_axes(tensor, self.param.shape):
             tensor = take(tensor, axis, self.runs[axis])
         return tensor
 
     def put(self, tensor: Tensor, part: Tensor) -> None:
         """The inverse of :meth:`take`, in place."""
         pieces = [(tensor.detach(), part.detach())]
-        for axis in _tracked(tensor, self.param.shape):
+        for axis in tracked_axes(tensor, self.param.shape):
             lengths = [length for _, length in self.runs[axis]]
             pieces = [
                 (target.narrow(axis, start, length), source)
@@ -246,7 +255,7 @@ class _Slice:
         layout: dict[str, _Layout] | None = None
         for name, value in stepped.items():
             present = kept.get(name)
-            if isinstance(present, Tensor) and _tracked(present, self.param.shape):
+            if isinstance(present, Tensor) and tracked_axes(present, self.param.shape):
                 if self.copied or value is not self.shown[name]:
                     self.put(present, value)
                 continue
@@ -272,7 +281,7 @@ class _Layout(NamedTuple):
     initial: Tensor | None
 
 
-def _tracked(value: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+def tracked_axes(value: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes of a parameter of ``shape`` that a state tensor has too; none if it is not that shape, with some axes of size 1."""
     if not isinstance(value, Tensor) or value.dim() != len(shape):
         return ()
@@ -295,7 +304,7 @@ def _probe(optimizer: Any, group: dict[str, Any], param: Tensor) -> dict[str, _L
         _rule(plain)(twin)
     layout = {}
     for name, value in twin.state[stand_in].items():
-        axes = _tracked(value, shape)
+        axes = tracked_axes(value, shape)
         if isinstance(value, Tensor) and value.numel() > 1 and not axes:
             raise OptimizerError(
                 f"state {name!r} of a parameter of shape {shape} has shape {tuple(value.shape)}, of which no part belongs to a unit"
