@@ -1,0 +1,1 @@
+"""Surgery on live models: what no width can express."""
