@@ -5,8 +5,10 @@ matrix product may be blocked differently). Pruning is held to a network of the 
 """
 
 import copy
+import gc
 import math
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -633,6 +635,31 @@ def test_a_record_is_kept_until_the_model_or_the_inputs_change():
     second = calls_of(model, image())
     model.fc1 = nn.Linear(128, 10).double()
     assert calls_of(model, image()) is not second
+
+
+def test_a_record_keeps_no_model_alive():
+    model = net()
+    for size in (8, 5):
+        find(model, "conv.weight", 0, image()).resize(size)
+    assert calls_of(model, image()).runs("", model) is not None
+    watch = [weakref.ref(model), weakref.ref(model.conv), weakref.ref(model.conv.weight)]
+    del model
+    gc.collect()
+    assert [each() for each in watch] == [None] * 3
+
+
+def test_one_edit_after_another_is_found_as_on_a_fresh_model():
+    """What is kept of an edit serves the next one, wherever that is."""
+    case = MODELS["resnet_bottleneck"]
+    model = built(case).eval()
+    expected = outputs(case, model)
+    places = ["layer2.1.conv3.weight", "layer2.0.conv1.weight", "layer2.1.conv3.weight", "conv1.weight", "layer2.0.conv1.weight"]
+    for index, tensor in enumerate(places):
+        kept = find(model, tensor, 0, inputs_of(case))
+        fresh = find(copy.deepcopy(model), tensor, 0, inputs_of(case))
+        assert (kept.size, kept.bindings, kept.attributes, kept.scope) == (fresh.size, fresh.bindings, fresh.attributes, fresh.scope)
+        kept.resize(kept.size + 2 + index)
+    assert difference(outputs(case, model), expected) <= ROUNDING
 
 
 def test_a_description_names_everything():

@@ -29,14 +29,15 @@ class Snapshot:
         self._modules = [(module, type(module), dict(vars(module))) for module in plain_modules(model)]
         self._containers: list[tuple[Any, Any]] = []
         seen: set[int] = set()
-        pending = [value for _, _, attributes in self._modules for value in attributes.values()]
+        pending = [value for _, _, attributes in self._modules for value in attributes.values() if isinstance(value, _CONTAINERS)]
         while pending:
             value = pending.pop()
-            if isinstance(value, _CONTAINERS) and id(value) not in seen:
+            if id(value) not in seen:
                 seen.add(id(value))
                 kept = dict(value) if isinstance(value, dict) else list(value)
                 self._containers.append((value, kept))
-                pending.extend(kept.values() if isinstance(kept, dict) else kept)
+                if kept:
+                    pending += [item for item in (kept.values() if isinstance(kept, dict) else kept) if isinstance(item, _CONTAINERS)]
 
     def restore(self) -> None:
         """Let every module be of the class, and hold the objects, that it was and held."""
@@ -55,6 +56,8 @@ def plain_modules(model: nn.Module) -> list[nn.Module]:
 
 def _refill(container: Any, kept: Any) -> None:
     """Put back what a container held, in its order, if it holds anything else."""
+    if not container and not kept:
+        return
     same = len(container) == len(kept) and all(map(operator.is_, container, kept))
     if same and isinstance(container, dict):
         same = all(map(operator.is_, container.values(), kept.values()))

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..convert import rules
 from ..convert.trace import Call, Example, Run, Value, in_mode, run
+from ..convert.verify import Mode
 from ..errors import ConversionError
 
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
@@ -37,6 +38,7 @@ class Calls:
         readers: name of a parameter or buffer -> the paths of modules, the running ones and those around, of each op that reads it.
         plain: path -> whether the module runs on meta tensors; not there where nobody has tried.
         scopes: ``(tensor, axis)`` -> the module in which that axis was last found to be closed.
+        alike: paths of modules that run in the same way in training as in evaluation.
     """
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
@@ -44,6 +46,8 @@ class Calls:
         self.inputs = Given(example.args, example.kwargs)
         self.plain: dict[str, bool] = {}
         self.scopes: dict[tuple[str, int], str] = {}
+        self.alike: set[str] = set()
+        self._runs: dict[str, tuple[Example, dict[Mode, Run]]] = {}
         self.given: dict[str, list[Given]] = {}
         self.leaks: set[str] = set()
         self.readers: dict[str, set[frozenset[str]]] = {}
@@ -126,14 +130,40 @@ class Calls:
         args, kwargs = tree_map(tensor, (given.args, given.kwargs))
         return Given(args, kwargs)
 
-    def renew(self, model: nn.Module, path: str, run: Run) -> None:
-        """Take in what the modules inside of ``path`` are called with after an edit, from a run of that module."""
+    def runs(self, path: str, module: nn.Module) -> tuple[Example, dict[Mode, Run]] | None:
+        """The runs that :meth:`renew` was given of a module, if nothing has changed in it since; once."""
+        known = self._runs.pop(path, None)
+        if known is not None:
+            modules = dict(module.named_modules())
+            for call in _every_call(known[1]):
+                call.module = modules[call.path]
+        return known
+
+    def renew(self, model: nn.Module, path: str, example: Example, runs: dict[Mode, Run]) -> None:
+        """Take in an edit inside of ``path``, from runs of that module: what the modules within are called with now."""
         for known in [known for known in self.given if not path or known.startswith(f"{path}.")]:
             del self.given[known]
-        self._note_calls(run, path)
+        self._note_calls(next(iter(runs.values())), path)
+        for known in [known for known in self._runs if _within(known, path) or _within(path, known)]:
+            del self._runs[known]
+        inside = {name for name, _ in model.get_submodule(path).named_modules()}
+        if all(call.path in inside for call in _every_call(runs)):
+            for call in _every_call(runs):
+                call.module = _NOBODY  # a record must not keep alive what it is kept for
+            self._runs[path] = example, runs
         self.stamp = stamp(model)
 
 
+def _every_call(runs: dict[Mode, Run]) -> Iterable[Call]:
+    """The calls of modules in runs, and that of the code around the first."""
+    return {id(each): each for run in runs.values() for call in run.calls for each in call.chain()}.values()
+
+
+def _within(path: str, around: str) -> bool:
+    return not around or path == around or path.startswith(f"{around}.")
+
+
+_NOBODY = nn.Module()
 _known: weakref.WeakKeyDictionary[nn.Module, Calls] = weakref.WeakKeyDictionary()
 
 

@@ -116,7 +116,7 @@ class Coupled:
         for module, name, value in attributes:
             vars(module)[name] = value
         if units != self.units:
-            self._calls.renew(self._model, self.scope, next(iter(found.trial.ends.values())))
+            self._calls.renew(self._model, self.scope, found.trial.example, found.trial.ends)
 
     @property
     def _where(self) -> str:
@@ -185,6 +185,8 @@ def find(model: nn.Module, tensor_name: str, axis: int, inputs: Any, *, size: in
     """
     tensor = _tensor(model, tensor_name, axis)
     axis %= tensor.dim()
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+        raise TopologyError(f"{tensor_name}[{axis}]: size: expected an integer, got {size!r}.")
     try:
         calls = calls_of(model, inputs)
     except ConversionError as error:
