@@ -21,7 +21,7 @@ from zoo import AWKWARD, MODELS, call
 
 from esper_elastic.errors import TopologyError
 from esper_elastic.surgery import undo
-from esper_elastic.surgery.calls import calls_of
+from esper_elastic.surgery.known import calls_of
 from esper_elastic.surgery.tensors import replace_storage
 from esper_elastic.surgery.widths import Coupled, find
 

@@ -19,7 +19,7 @@ from ..convert.structure import Atom, Concat, Structure, atoms, measure, resolve
 from ..convert.trace import Example, Node, Run, Value, in_mode, owned_tensors, run
 from ..convert.verify import Mode, Place, Verification
 from ..errors import ConversionError
-from .calls import Calls
+from .known import Calls
 
 _MODES = (Mode(False, True), Mode(True, True))
 

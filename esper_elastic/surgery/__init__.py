@@ -1,1 +1,0 @@
-"""Surgery on live models: what no width can express."""
