@@ -298,6 +298,16 @@ def test_a_change_that_takes_away_is_done_and_told(path: str, config: dict[str, 
     assert_survives(model, x)
 
 
+def test_the_last_layer_can_have_other_outputs() -> None:
+    model, x = net(), images(2)
+    before = gives(model, x)
+    result = surgeon().modify_layer(model, "fc2", {"out_features": 9})
+    assert result and not result.details["function_kept"]
+    assert re.search(r"gives \(2, 9\).*gave \(2, 6\)", result.details["warnings"][0])
+    assert torch.equal(gives(model, x)[:, :6], before)
+    assert_trains(model, x)
+
+
 def test_the_overlap_of_windows_is_kept() -> None:
     model = net()
     weight = model.conv1.weight.detach().clone()

@@ -60,8 +60,8 @@ class Axes:
 
     # Reading runs
 
-    def read(self, run: Run) -> None:
-        """Take in what a run says."""
+    def read(self, run: Run, *, outputs: bool = False) -> None:
+        """Take in what a run says; ``outputs`` says whether what the model returns may change size."""
         self._sources = {}
         for name, value in run.tensors.items():
             axes = self.tensors.get(name)
@@ -76,7 +76,7 @@ class Axes:
             self._apply(node)
         used = {id(value) for node in run.nodes for value in rules.values((node.args, node.kwargs))}
         for value in run.outputs:
-            if id(value) not in used:  # an intermediate that is returned as well goes with the model
+            if id(value) not in used and not outputs:  # an intermediate that is returned as well goes with the model
                 for axis in value.axes or []:
                     stiffen(axis, "it is an axis of the model's output")
         self._node = None

@@ -153,13 +153,15 @@ class Scope:
         axis: the one that was asked for.
         atom: the dim that runs along it.
         tried: how many units it had in the latest trial.
+        returned: whether it may be a dim of what the whole model returns.
 
     Raises:
         Refused: it leaves the module, cannot change, or the module cannot be run by itself.
     """
 
-    def __init__(self, model: nn.Module, calls: Calls, path: str, tensor: Tensor, axis: int) -> None:
+    def __init__(self, model: nn.Module, calls: Calls, path: str, tensor: Tensor, axis: int, *, returned: bool = False) -> None:
         self.path = path
+        self.returned = returned and not path
         self.module = model.get_submodule(path)
         self.axes = Axes()
         self.tensors: dict[str, Tensor] = {}
@@ -168,7 +170,7 @@ class Scope:
                 self.tensors[name] = own
         example, self.runs = self._run(calls)
         for each in self.runs.values():
-            self.axes.read(each)
+            self.axes.read(each, outputs=self.returned)
         keep_recurrent(self.module, self.axes)
         self.tried = 0
         self.axis = self.axes.tensors[self.axes.names[id(tensor)]][axis]
@@ -260,7 +262,8 @@ class Scope:
         """Where the module takes or gives tensors that have one of the dims."""
         whose = repr(self.path) if self.path else "the model"
         for each in self.runs.values():
-            for what, values in (("given to {} (input", each.inputs), ("returned by {} (output", each.outputs)):
+            outputs = [] if self.returned else each.outputs
+            for what, values in (("given to {} (input", each.inputs), ("returned by {} (output", outputs)):
                 for place, value in enumerate(values):
                     for index, axis in enumerate(value.axes or []):
                         if any(atom in dims for atom in atoms(axis)):

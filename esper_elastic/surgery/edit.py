@@ -212,13 +212,19 @@ class Edit:
 
     # What is done
 
-    def resize(self, tensor: str, axis: int, size: int) -> None:
+    def resize(self, tensor: str, axis: int, size: int, *, returned: bool = False) -> None:
         """Change the size of an axis of a parameter, of all that is coupled with it, and of what modules say of their sizes.
+
+        Args:
+            tensor: name of the parameter.
+            axis: of it.
+            size: that it is to have.
+            returned: whether the model may return tensors of another size then.
 
         Raises:
             TopologyError: it cannot change, or not while the function is kept.
         """
-        coupled = widths.find(self.model, tensor, axis, self.inputs)
+        coupled = widths.find(self.model, tensor, axis, self.inputs, size=size, returned=returned)
         coupled.resize(size, preserve=self.preserve)
         if size < coupled.size:
             self.details["function_kept"] = False
@@ -264,6 +270,9 @@ class Edit:
             self.warn(f"the edit was not tried: {outcome.error}")
         elif not outcome.ok:
             raise TopologyError(f"after the edit the model fails: {outcome.error}")
+        elif not outcome.same:
+            self.details["function_kept"] = False
+            self.warn(outcome.error)
 
     def _enclosing(self) -> str:
         """The path of the smallest module that holds all that was touched; what is inserted at a module counts as part of it."""

@@ -119,7 +119,7 @@ def _units(edit: Edit, path: str, name: str, size: Any) -> None:
         raise TopologyError(f"{path!r} ({type(layer).__name__}): it has no tensors of its own. Change the layer that makes its units.")
     before = getattr(layer, name)
     edit.done(path, f"{name} {before} -> {size}")
-    edit.resize(f"{path}.{tensor}", axis, size)
+    edit.resize(f"{path}.{tensor}", axis, size, returned=True)
 
 
 def _axis(layer: Any, name: str) -> tuple[str, int]:
@@ -139,7 +139,7 @@ def _normalized(edit: Edit, path: str, name: str, size: Any) -> None:
     before = layer.normalized_shape[0]
     if size != before:
         edit.done(path, f"{name} {before} -> {size}")
-        edit.resize(f"{path}.weight", 0, size)
+        edit.resize(f"{path}.weight", 0, size, returned=True)
 
 
 def _integer(path: str, name: str, value: Any, least: int = 1) -> int:

@@ -167,7 +167,7 @@ class Coupled:
         return found
 
 
-def find(model: nn.Module, tensor_name: str, axis: int, inputs: Any, *, size: int | None = None) -> Coupled:
+def find(model: nn.Module, tensor_name: str, axis: int, inputs: Any, *, size: int | None = None, returned: bool = False) -> Coupled:
     """What is coupled with an axis of a parameter.
 
     Args:
@@ -176,6 +176,7 @@ def find(model: nn.Module, tensor_name: str, axis: int, inputs: Any, *, size: in
         axis: of it.
         inputs: of the model: a tensor, a tuple of arguments or a dict of keyword arguments. Values do not matter.
         size: that the axis is to have, if that is known: what is found out by a trial at this size need not be tried again.
+        returned: whether the dim may be one of what the model returns, which is then of another size.
 
     Effects:
         Runs modules of the model on fake tensors.
@@ -194,7 +195,7 @@ def find(model: nn.Module, tensor_name: str, axis: int, inputs: Any, *, size: in
     reasons: list[str] = []
     for path in _paths(model, calls, tensor_name, axis):
         try:
-            scope = Scope(model, calls, path, tensor, axis)
+            scope = Scope(model, calls, path, tensor, axis, returned=returned)
             scope.settle(tensor.shape[axis] + 1 if size is None or size < 1 else size)
             check_owners(scope)
             calls.scopes[tensor_name, axis] = path
