@@ -304,7 +304,7 @@ def test_the_last_layer_can_have_other_outputs() -> None:
     result = surgeon().modify_layer(model, "fc2", {"out_features": 9})
     assert result and not result.details["function_kept"]
     assert re.search(r"gives \(2, 9\).*gave \(2, 6\)", result.details["warnings"][0])
-    assert torch.equal(gives(model, x)[:, :6], before)
+    assert (gives(model, x)[:, :6] - before).abs().max() <= EXACT  # another shape is summed in another order
     assert_trains(model, x)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..convert.structure import forget_history
 from ..convert.trace import owned_tensors
 from ..errors import ConversionError, TopologyError
-from .known import Calls, calls_of
 from .coupling import Refused, Scope
+from .known import Calls, calls_of
 from .resizing import Stretches, attributes_of, changes_of, check_owners
 from .tensors import replace_storage
 
