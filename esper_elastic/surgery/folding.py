@@ -118,8 +118,8 @@ def _fold_norm(norm: Any, before: Any) -> str | None:
         save_values(before.weight)
         before.weight.mul_(scale.reshape(-1, *[1] * (before.weight.dim() - 1)))
         if before.bias is None:
-            before.register_parameter("bias", nn.Parameter(shift))
-            added(before.bias, before.weight)
+            before._parameters["bias"] = made = nn.Parameter(shift)
+            added(made, before.weight)
         else:
             save_values(before.bias)
             before.bias.mul_(scale).add_(shift)
@@ -163,8 +163,8 @@ def _replace(module: Any, weight: Tensor, bias: Tensor | None) -> None:
     if bias is None:
         return
     if module.bias is None:
-        module.register_parameter("bias", nn.Parameter(bias))
-        added(module.bias, module.weight)
+        module._parameters["bias"] = made = nn.Parameter(bias)
+        added(made, module.weight)
     else:
         replace_storage(module.bias, bias, _nothing_kept)
 

@@ -89,7 +89,7 @@ def _check_layer(edit: Edit, layer: Any) -> None:
 # Weights that keep the function
 
 
-def make_identity(layer: nn.Module) -> bool:
+def make_identity(layer: Any) -> bool:
     """Overwrite the weights of a linear layer or convolution so that it passes on its input, followed by what its further rows give.
 
     Returns:

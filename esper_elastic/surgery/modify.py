@@ -47,7 +47,7 @@ def modify_layer(edit: Edit, path: str, config: Mapping[str, Any]) -> None:
         allowed[name](edit, path, name, changes[name])
     if follows:
         _set_window(edit, path, "padding", padding)
-    dense = next((kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn.modules.")), nn.Module)
+    dense: Any = next((kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn.modules.")), nn.Module)
     if type(layer).forward is not dense.forward and not isinstance(layer, ElasticLayer):
         edit.details["function_kept"] = False  # code of its own, which may make anything of new weights
     edit.touch(path)

@@ -88,8 +88,8 @@ def _bridge_unseen(edit: Edit, path: str, layer: nn.Module) -> Pass | Projection
         return Pass()
     rank = layer.weight.dim() if isinstance(layer.weight, Tensor) else 2
     axis = channel_axis(layer, rank)
-    shapes = [(1, n, *(1,) * (rank - 2)) if axis == 1 else (1, *(1,) * (rank - 2), n) for n in (have, want)]
-    return Projection(have, want, *shapes, axis == -1).to(**edit.like(layer)).train(layer.training)
+    ones = (1,) * rank
+    return Projection(have, want, ones, ones, axis == -1).to(**edit.like(layer)).train(layer.training)
 
 
 def _floating(specs: Any) -> tuple[int, ...] | None:

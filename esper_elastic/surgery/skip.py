@@ -46,8 +46,8 @@ class Skip(nn.Module):
         brought = self.carrier.take()
         if brought is None:
             raise TopologyError(
-                f"skip from {self.source!r}: its source has not run before its target in this pass. Does the model's code take another path "
-                "now, or recompute a part that holds the target alone? Remove the skip (remove_skip_connection) or move it."
+                f"skip from {self.source!r}: its source has not run before its target in this pass. Does the model's code take another "
+                "path now, or recompute a part that holds the target alone? Remove the skip (remove_skip_connection) or move it."
             )
         if brought.shape != x.shape:
             start, end = self.axes
@@ -69,7 +69,7 @@ def _fit(brought: Tensor, shape: torch.Size) -> Tensor:
         return brought
     if all(one >= other for one, other in zip(have, want, strict=True)):
         pool: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(want) - 1]
-        return pool(brought, tuple(want))  # type: ignore[no-any-return]
+        return pool(brought, tuple(want))
     return F.interpolate(brought, size=tuple(want), mode="nearest")
 
 
