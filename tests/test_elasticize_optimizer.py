@@ -167,6 +167,27 @@ def test_ours_go_on_without_being_given():
     assert_equal_parameters(model, twin)
 
 
+def test_counts_of_a_parameter_of_four_units_are_not_taken_for_its_state():
+    """Packed, they are four numbers as well."""
+
+    def stepped() -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        optimizer = ee.optim.AdamW(model.parameters(), lr=1e-2)
+        step(model, optimizer)
+        return model, optimizer
+
+    def step(model: nn.Module, optimizer: Optimizer) -> None:
+        model(torch.ones(2, 3)).square().sum().backward()
+        optimizer.step()
+
+    (model, optimizer), (twin, other) = stepped(), stepped()
+    ee.elasticize(model, torch.ones(2, 3), capacity=2.0)
+    step(model, optimizer)
+    step(twin, other)
+    assert_equal_parameters(model, twin)
+
+
 def test_another_with_state_is_refused_where_tensors_grow():
     model, optimizer = stepped("AdamW")
     before = fingerprint(model)
