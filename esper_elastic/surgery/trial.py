@@ -41,7 +41,7 @@ class Outcome:
     decided: bool
     failure: Failure | None = None
     error: str = ""
-    _parts: tuple[Calls, ...] = ()
+    _parts: tuple[Calls, ...] = dataclasses.field(default=(), repr=False)
 
     def __bool__(self) -> bool:
         return self.ok
