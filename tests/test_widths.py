@@ -324,6 +324,54 @@ def test_a_tied_weight_changes_once_and_both_modules_know():
     assert float((model(x) - expected).detach().abs().max()) <= ROUNDING
 
 
+class Attention(nn.Module):
+    """Torch's attention between two layers, whose heads are tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.attention, self.last = nn.Linear(3, 8), nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_what_code_ties_changes_together():
+    torch.manual_seed(0)
+    model, x = Attention().double(), torch.randn(2, 5, 3, dtype=torch.float64)
+    expected = model(x)
+    coupled = find(model, "first.weight", 0, x)
+    assert coupled.multiple_of == 4
+    coupled.resize(12)
+    assert (model.attention.embed_dim, model.attention.num_heads, model.attention.out_proj.in_features) == (12, 3, 12)
+    assert model.attention.in_proj_weight.shape == (36, 12)
+    assert float((model(x) - expected).detach().abs().max()) <= ROUNDING
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads, self.width = 2, 4
+        self.query, self.key, self.value, self.out = nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(8, 3)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(*x.shape[:2], self.heads, self.width).transpose(1, 2) for f in (self.query, self.key, self.value))
+        x = F.scaled_dot_product_attention(self.norm(q), k, v)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+def test_an_axis_inside_of_units_is_a_dim_where_it_is_asked_for():
+    model, x = Heads(), torch.randn(2, 5, 3)
+    heads, width = find(model, "query.weight", 0, x), find(model, "norm.weight", 0, x)
+    assert (heads.size, heads.multiple_of, heads.mixed) == (8, 4, None)
+    assert (width.size, width.multiple_of) == (4, 1)
+    assert width.mixed is not None
+    width.resize(6, preserve=False)
+    assert (model.query.out_features, model.width, model.heads, model.out.in_features) == (12, 6, 2, 12)
+    assert model(x).shape == x.shape
+
+
 class Groups(nn.Module):
     def __init__(self):
         super().__init__()

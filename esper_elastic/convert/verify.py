@@ -303,6 +303,8 @@ class Verification:
         predicted = outputs + [part for axis in self._axes_of(mismatch) if self._elastic(axis) for part in (axis, *self._runs(axis))]
         known = [axis for call in mismatch.call.chain() for value in call.inputs for axis in value.axes or []]
         known += [axis for name, axes in self._tensors_of(mismatch.call) for axis in axes]
+        around = {call.module for call in mismatch.call.chain()}
+        known += [axis for (module, _, _), axis in self.follows.items() if module in around]  # one number serves two dims
         candidates = [axis for axis in known if self._elastic(axis)]
         alike = [(a, b) for a, b in itertools.product(predicted, candidates) if size(a) == size(b) and resolve(a) != resolve(b)]
         alike = [(a, b) for a, b in alike if self._moves(a) or self._moves(b)]

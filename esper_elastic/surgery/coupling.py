@@ -28,6 +28,10 @@ class Refused(Exception):
     """A module cannot tell; perhaps the one around it can."""
 
 
+class KeptByCode(Refused):
+    """Code did not go along with a change of this dim alone."""
+
+
 class Trial(Verification):
     """Runs of a module at another size of one dim.
 
@@ -159,7 +163,9 @@ class Scope:
         Refused: it leaves the module, cannot change, or the module cannot be run by itself.
     """
 
-    def __init__(self, model: nn.Module, calls: Calls, path: str, tensor: Tensor, axis: int, *, returned: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, calls: Calls, path: str, tensor: Tensor, axis: int, *, thorough: bool = False, returned: bool = False
+    ) -> None:
         self.path = path
         self.returned = returned and not path
         self.module = model.get_submodule(path)
@@ -176,12 +182,23 @@ class Scope:
         self.axis = self.axes.tensors[self.axes.names[id(tensor)]][axis]
         self.trial = Trial(self.module, example, self.axes, self.runs, self.axis)
         self._model, self._calls = model, calls
+        if thorough:
+            self._learn(example)
         self._prefer()
         try:
             self.trial.atom()
         except Refused as refused:
             raise Refused(next(self._ends(set(atoms(self.axis))), str(refused))) from None
         self._check()
+
+    def _learn(self, example: Example) -> None:
+        """Find out how code depends on all dims of the module, at widths of their own, as conversion does."""
+        known = Verification(self.module, example, self.axes, self.runs)
+        try:
+            known.settle()
+        except ConversionError as error:
+            raise Refused(str(error)) from error
+        self.trial.follows = known.follows
 
     def _prefer(self) -> None:
         """Choose the dim of the axis where choice would fall on one around it: the size of a head, not the number of heads."""
@@ -230,12 +247,13 @@ class Scope:
         """See that code goes along at another size of the axis, and what follows.
 
         Raises:
-            Refused: it does not.
+            KeptByCode: it does not.
+            Refused: the dim turns out to leave the module.
         """
         try:
             self.trial.prove(size)
-        except ConversionError as error:
-            raise Refused(str(error)) from error
+        except (ConversionError, Refused) as error:
+            raise KeptByCode(str(error)) from error
         self._check()
         self.tried = self.trial.units()
         unread = dict(self._unread())

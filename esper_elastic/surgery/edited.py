@@ -69,7 +69,8 @@ class Edits(nn.ModuleDict):
     def _through(self, names: list[str], x: Tensor) -> Tensor:
         for name in names:
             gate = self._parameters.get(gate_name(name))
-            made = self._modules[name](x)  # type: ignore[misc]
+            layer: Any = self._modules[name]
+            made = layer(x)
             x = made if gate is None else _padded(x, made.shape) + gate * made
         return x
 
@@ -166,7 +167,8 @@ class Edited:
         return (module for module in super().governed() if id(module) not in beyond)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, arguments, *state = super().__reduce_ex__(max(2, int(protocol)))
+        recipe: Any = super().__reduce_ex__(max(2, int(protocol)))
+        make, arguments, *state = recipe
         plain = tuple(self.original if argument is type(self) else argument for argument in arguments)
         return _revive, (self.removed, make, plain), *state
 
@@ -180,7 +182,7 @@ def _revive(removed: tuple[str, ...], make: Callable[..., nn.Module], arguments:
 
 def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     """As the module's own class copies itself."""
-    made = super(Edited, self).__deepcopy__(memo)  # type: ignore[misc]
+    made = super(Edited, self).__deepcopy__(memo)
     made.__class__ = type(self)
     return made
 
@@ -278,15 +280,15 @@ def _reduce_class(kind: Any) -> Any:
     return edited_class, (kind.original, kind.removed)
 
 
-copyreg.pickle(_Kind, _reduce_class)  # type: ignore[arg-type]
+copyreg.pickle(_Kind, _reduce_class)
 
 
 @functools.cache
-def _kind_for(kind: type) -> type:
+def _kind_for(kind: Any) -> Any:
     if kind is type:
         return _Kind
     made = type(_Kind.__name__, (_Kind, kind), {})
-    copyreg.pickle(made, _reduce_class)  # type: ignore[arg-type]
+    copyreg.pickle(made, _reduce_class)
     return made
 
 
@@ -305,7 +307,8 @@ def edited_class(original: type[nn.Module], removed: tuple[str, ...] = ()) -> An
         body["__deepcopy__"] = _deepcopy
     if base is Edited:
         body |= {name: _bridge(name) for name in removed}
-    made = _kind_for(type(original))(original.__name__, (base, original), body)
+    metaclass: Any = type(original)
+    made = _kind_for(metaclass)(original.__name__, (base, original), body)
     made.__qualname__ = original.__qualname__
     return made
 

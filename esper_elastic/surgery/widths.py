@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..convert.structure import forget_history
 from ..convert.trace import owned_tensors
 from ..errors import ConversionError, TopologyError
-from .coupling import Refused, Scope
+from .coupling import KeptByCode, Refused, Scope
 from .known import Calls, calls_of
 from .resizing import Stretches, attributes_of, changes_of, check_owners
 from .tensors import replace_storage
@@ -193,15 +193,18 @@ def find(model: nn.Module, tensor_name: str, axis: int, inputs: Any, *, size: in
     except ConversionError as error:
         raise TopologyError(f"{tensor_name}: the model cannot be run on fake tensors: {error}") from error
     reasons: list[str] = []
-    for path in _paths(model, calls, tensor_name, axis):
+    paths = [(path, False) for path in _paths(model, calls, tensor_name, axis)]
+    for path, thorough in paths:
         try:
-            scope = Scope(model, calls, path, tensor, axis, returned=returned)
+            scope = Scope(model, calls, path, tensor, axis, thorough=thorough, returned=returned)
             scope.settle(tensor.shape[axis] + 1 if size is None or size < 1 else size)
             check_owners(scope)
             calls.scopes[tensor_name, axis] = path
             return _describe(model, calls, scope, tensor_name, axis)
         except Refused as refused:
             reasons.append(str(refused))
+            if isinstance(refused, KeptByCode) and not thorough:
+                paths.append((path, True))
         finally:
             forget_history()
     raise TopologyError(f"{tensor_name}[{axis}]: its size cannot change: {reasons[-1]}.")
