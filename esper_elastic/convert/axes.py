@@ -181,22 +181,21 @@ class Axes:
     def choose(self) -> list[Atom]:
         """Pick the elastic atoms anew, in the order of tensors; what is known of rigid ones is taken into account."""
         weights = {atom for axis in self._weights for atom in atoms(axis)}
-        places = ((name, index, axis) for name, axes in self.tensors.items() for index, axis in enumerate(axes))
-        made = {atom for name, index, axis in places if (name, index) not in self.consumed for atom in atoms(axis)}
+        known = [(name, index, axis, list(atoms(axis))) for name, axes in self.tensors.items() for index, axis in enumerate(axes)]
+        made = {atom for name, index, _, own in known if (name, index) not in self.consumed for atom in own}
+        present = {atom for *_, own in known for atom in own}
         self._chosen, self._inner = {}, {}
-        for atom in {atom for axes in self.tensors.values() for axis in axes for atom in atoms(axis)}:
+        for atom in present:
             if atom not in weights:
                 self._inner[atom] = "no matrix product or convolution has it"
             elif atom not in made:
                 self._inner[atom] = "no weight makes its units"
-        for axis in (*(axis for axes in self.tensors.values() for axis in axes), *self._groups):
+        for axis in (*(axis for _, _, axis, _ in known), *self._groups):
             self._choose(axis)
-        for axes in self.tensors.values():
-            for axis in axes:
-                if self._count(axis) > MAX_STRETCHES:
-                    for atom in atoms(axis):
-                        self._drop(atom, f"it would lie in more than {MAX_STRETCHES} stretches")
-        present = {atom for axes in self.tensors.values() for axis in axes for atom in atoms(axis)}
+        for _, _, axis, own in known:
+            if len(own) > 1 and self._count(axis) > MAX_STRETCHES:
+                for atom in own:
+                    self._drop(atom, f"it would lie in more than {MAX_STRETCHES} stretches")
         return [atom for atom in self._chosen if atom in present]
 
     def _choose(self, axis: Structure) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -88,12 +89,17 @@ def _ran(node: Node | None) -> str:
 def _numbers(node: Node) -> list[Any]:
     """The numbers that an op computes with, rather than shapes or places by."""
     found: list[Any] = [value.content for value in rules.values((node.args, node.kwargs)) if value.content is not None]
-    elementwise = rules.find(node.op) is rules.pointwise
-    for index, argument in enumerate(node.op._schema.arguments):
-        if elementwise or str(argument.type) in _NUMBERS:
-            given = rules.argument(node, index, argument.name)
-            found += [x for x in tree_leaves(given) if isinstance(x, int | float) and not isinstance(x, bool)]
+    for index, name in _numeric(node.op):
+        given = rules.argument(node, index, name)
+        found += [x for x in tree_leaves(given) if isinstance(x, int | float) and not isinstance(x, bool)]
     return found
+
+
+@functools.cache
+def _numeric(op: Any) -> list[tuple[int, str]]:
+    """The arguments of an op that are numbers, or all where it works on elements."""
+    elementwise = rules.find(op) is rules.pointwise
+    return [(i, a.name) for i, a in enumerate(op._schema.arguments) if elementwise or str(a.type) in _NUMBERS]
 
 
 _NUMBERS = ("number", "float", "Optional[number]", "Optional[float]", "List[number]", "List[float]")

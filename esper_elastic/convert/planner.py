@@ -72,16 +72,22 @@ def _runs(model: nn.Module, example: Example, axes: Axes) -> dict[Mode, Run]:
                 raise
             continue  # layers dropped at random, in training alone
         axes.read(runs[mode])
+    keep_recurrent(model, axes)
     for path, module in model.named_modules():
-        if isinstance(module, nn.RNNBase):
-            for key in module._parameters:
-                for axis in axes.tensors.get(f"{path}.{key}".lstrip("."), ()):
-                    stiffen(axis, "a recurrent layer keeps its weights packed")
         for kind, names in _FUSED_READERS.items():
             if isinstance(module, kind):
                 for key in (f"{path}.{name}.{tensor}".lstrip(".") for name in names for tensor in ("weight", "bias")):
                     axes.readers.setdefault(key, {})[module] = None
     return runs
+
+
+def keep_recurrent(model: nn.Module, axes: Axes) -> None:
+    """Keep the sizes of recurrent layers, which cuDNN and the kernels beside it take as one packed piece."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            for key in module._parameters:
+                for axis in axes.tensors.get(f"{path}.{key}".lstrip("."), ()):
+                    stiffen(axis, "a recurrent layer keeps its weights packed")
 
 
 def _fix_excluded(model: nn.Module, axes: Axes, unwanted: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 import sys
 from collections import deque
@@ -15,6 +16,8 @@ from torch.optim import Optimizer
 
 from ..layers import registry
 
+_CONTAINERS = (dict, list, set, deque)
+
 
 class Snapshot:
     """Classes and attributes of a model's modules, and what the containers among the attributes hold.
@@ -26,14 +29,15 @@ class Snapshot:
         self._modules = [(module, type(module), dict(vars(module))) for module in plain_modules(model)]
         self._containers: list[tuple[Any, Any]] = []
         seen: set[int] = set()
-        pending = [value for _, _, attributes in self._modules for value in attributes.values()]
+        pending = [value for _, _, attributes in self._modules for value in attributes.values() if isinstance(value, _CONTAINERS)]
         while pending:
             value = pending.pop()
-            if isinstance(value, dict | list | set | deque) and id(value) not in seen:
+            if id(value) not in seen:
                 seen.add(id(value))
                 kept = dict(value) if isinstance(value, dict) else list(value)
                 self._containers.append((value, kept))
-                pending.extend(kept.values() if isinstance(kept, dict) else kept)
+                if kept:
+                    pending += [item for item in (kept.values() if isinstance(kept, dict) else kept) if isinstance(item, _CONTAINERS)]
 
     def restore(self) -> None:
         """Let every module be of the class, and hold the objects, that it was and held."""
@@ -52,12 +56,11 @@ def plain_modules(model: nn.Module) -> list[nn.Module]:
 
 def _refill(container: Any, kept: Any) -> None:
     """Put back what a container held, in its order, if it holds anything else."""
-    now = list(container.items()) if isinstance(container, dict) else list(container)
-    then = list(kept.items()) if isinstance(container, dict) else kept
-    if isinstance(container, dict):
-        same = len(now) == len(then) and all(a[0] is b[0] and a[1] is b[1] for a, b in zip(now, then, strict=True))
-    else:
-        same = len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True))
+    if not container and not kept:
+        return
+    same = len(container) == len(kept) and all(map(operator.is_, container, kept))
+    if same and isinstance(container, dict):
+        same = all(map(operator.is_, container.values(), kept.values()))
     if not same:
         container.clear()
         if isinstance(container, dict | set):

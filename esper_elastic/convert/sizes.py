@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 def known_sizes(model: nn.Module, axes: Axes) -> dict[Place, Structure]:
     """Every attribute of the modules of ``torch.nn`` in ``model`` that is the size of an axis."""
     found: dict[Place, Structure] = {}
-    for path, module in model.named_modules():
-        prefix = path + "." if path else ""
+    for module in model.modules():
 
-        def axis(name: str, index: int, prefix: str = prefix) -> Structure | None:
-            own = axes.tensors.get(prefix + name)
+        def axis(name: str, index: int, module: nn.Module = module) -> Structure | None:
+            tensor = module._parameters.get(name)
+            own = axes.tensors.get(axes.names.get(id(tensor), ""))  # a tied one has the name that it has in another module
             return None if own is None else own[index]
 
         sizes: dict[tuple[str, int | None], Structure | None] = {}
@@ -43,6 +43,8 @@ def known_sizes(model: nn.Module, axes: Axes) -> dict[Place, Structure]:
                 sizes["num_groups", None] = leading(channels, module.num_groups)
         elif isinstance(module, nn.Embedding):
             sizes = {("num_embeddings", None): axis("weight", 0), ("embedding_dim", None): axis("weight", 1)}
+        elif isinstance(module, nn.PReLU):
+            sizes = {("num_parameters", None): axis("weight", 0)}
         elif isinstance(module, nn.MultiheadAttention):
             embedded = axis("out_proj.weight", 0)
             sizes = {("embed_dim", None): embedded}

@@ -44,6 +44,7 @@ class Verification:
     Attributes:
         follows: sizes that modules keep -> the axis that each follows.
         computed: the first op that the latest run called with other numbers than the first run, if any.
+        latest: the latest run, if it came to its end.
     """
 
     def __init__(self, model: nn.Module, example: Example, axes: Axes, runs: Mapping[Mode, Run]) -> None:
@@ -53,6 +54,7 @@ class Verification:
         self.runs = runs
         self.follows: dict[Place, Structure] = known_sizes(model, axes)
         self.computed: Node | None = None
+        self.latest: Run | None = None
         self.attempts = 0
         self._followers: dict[nn.Module, bool] = {}
         self._width: Callable[[Atom], int] = lambda atom: atom.size  # in the last run
@@ -111,15 +113,14 @@ class Verification:
 
     def _mend(self, mode: Mode, first: Run, trial: int, mismatch: Mismatch) -> Mismatch | None:
         """Apply the first remedy that takes the run further; if none does alone, the first two that do together."""
-        without_effect = []
+        insufficient = []
         for remedy in self._remedies(first, mismatch):
             after, take_back = self._attempt(mode, first, trial, remedy)
             if after is None or after.at > mismatch.at:
                 return after
             take_back()
-            if after.at == mismatch.at:
-                without_effect.append(remedy)
-        for remedy in without_effect:
+            insufficient.append(remedy)
+        for remedy in insufficient:
             after, take_back = self._attempt(mode, first, trial, remedy)
             for second in () if after is None else self._remedies(first, after):
                 further, take_back_second = self._attempt(mode, first, trial, second)
@@ -191,9 +192,10 @@ class Verification:
         self._width = width
         shapes = {name: tuple(measure(axis, width) for axis in axes) for name, axes in self.axes.tensors.items()}
         observer = Comparison(first, width)
+        self.latest = None
         try:
             with in_mode(self.model, mode.training):
-                run(
+                self.latest = run(
                     self.model,
                     self.example,
                     shapes={name: shape for name, shape in shapes.items() if shape != first.tensors[name].shape},
@@ -257,7 +259,7 @@ class Verification:
         axes = self._axes_of(mismatch)
         whole = [(axis, size(axis)) for axis in axes if self._moves(axis)]
         wanted = [(axis, n) for axis, n in whole if not stuck or n in stuck]
-        parts = [(part, size(part)) for axis, _ in whole for part in self._runs(axis)]
+        parts = [(part, size(part)) for axis, _ in whole for part in self._runs(axis) if self._moves(part)]
         wanted += [(part, n) for part, n in parts if not stuck or any(then % n == 0 for then in stuck)]
         for call in mismatch.call.chain():
             for name, value in list(vars(call.module).items()) if self._may_follow(call.module) else ():
@@ -297,11 +299,13 @@ class Verification:
         if mismatch.node is None:
             return
         moved = {then for then, now in mismatch.literals if then != now}
-        outputs = [axis for value in mismatch.node.outputs for axis in value.axes or [] if self._moves(axis)]
-        predicted = outputs + [part for axis in self._axes_of(mismatch) if self._moves(axis) for part in (axis, *self._runs(axis))]
-        candidates = [axis for call in mismatch.call.chain() for value in call.inputs for axis in value.axes or [] if self._moves(axis)]
-        candidates += [axis for name, axes in self._tensors_of(mismatch.call) for axis in axes if self._moves(axis)]
+        outputs = [axis for value in mismatch.node.outputs for axis in value.axes or [] if self._elastic(axis)]
+        predicted = outputs + [part for axis in self._axes_of(mismatch) if self._elastic(axis) for part in (axis, *self._runs(axis))]
+        known = [axis for call in mismatch.call.chain() for value in call.inputs for axis in value.axes or []]
+        known += [axis for name, axes in self._tensors_of(mismatch.call) for axis in axes]
+        candidates = [axis for axis in known if self._elastic(axis)]
         alike = [(a, b) for a, b in itertools.product(predicted, candidates) if size(a) == size(b) and resolve(a) != resolve(b)]
+        alike = [(a, b) for a, b in alike if self._moves(a) or self._moves(b)]
         yield from sorted(alike, key=lambda pair: size(pair[1]) not in moved)
 
     def _parts_of_followed_sizes(self, mismatch: Mismatch) -> list[tuple[Structure, Structure]]:
@@ -398,6 +402,10 @@ class Verification:
                 yield prefix + key, self.axes.tensors[prefix + key]
 
     def _moves(self, axis: Structure) -> bool:
+        """Whether trials change the size of an axis."""
+        return self._elastic(axis)
+
+    def _elastic(self, axis: Structure) -> bool:
         return any(self.axes.elastic(atom) for atom in atoms(axis))
 
     def _runs(self, axis: Structure) -> Iterator[Structure]:
@@ -406,11 +414,11 @@ class Verification:
         for length in range(len(factors) - 1, 0, -1):
             for start in range(len(factors) - length + 1):
                 part = factors[start : start + length]
-                if self._moves(part):
+                if self._elastic(part):
                     yield part
         for factor in factors:
             for part in factor.parts if isinstance(factor, Concat) else ():
-                if self._moves(part):
+                if self._elastic(part):
                     yield resolve(part)
                     yield from self._runs(part)
 
