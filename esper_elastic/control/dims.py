@@ -100,7 +100,7 @@ class DerivedAxis(Axis):
 
 
 def set_capacity(dim: ElasticDim, capacity: int, derived: Iterable[DerivedAxis]) -> None:
-    """Let a dim have another capacity, and in ``derived`` let what lies behind it begin elsewhere; whoever calls this has moved the tensors."""
+    """Let a dim have another capacity, and what lies behind it in ``derived`` begin elsewhere. Whoever calls moves the tensors."""
     moved = [(axis, segments_at(axis, dim, capacity)) for axis in derived]
     dim._capacity = capacity
     for axis, segments in moved:

@@ -52,10 +52,7 @@ def axes_at(model: nn.Module, path: str, side: str, recorded: Run | None = None)
             recorded = run(model, Example(example), grad=False)
         except ConversionError:
             return None
-    try:
-        return _Known(recorded).of(module, side)
-    finally:
-        forget_history()
+    return Channels(recorded).of(module, side)
 
 
 def _said(module: nn.Module, side: str) -> Axis | None:
@@ -69,7 +66,7 @@ def _said(module: nn.Module, side: str) -> Axis | None:
     return found
 
 
-class _Known(Axes):
+class Channels(Axes):
     """What is known of the values of a run of an elastic model."""
 
     def __init__(self, recorded: Run) -> None:
@@ -77,7 +74,10 @@ class _Known(Axes):
         self.recorded = recorded
         self.atoms: dict[ElasticDim, Atom] = {}
         self.axes: list[Axis] = []
-        self._read()
+        try:
+            self._read()
+        finally:
+            forget_history()
         self.dims: dict[Atom, list[ElasticDim]] = {}
         for dim, atom in self.atoms.items():
             self.dims.setdefault(atom.root(), []).append(dim)
