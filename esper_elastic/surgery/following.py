@@ -111,6 +111,12 @@ class Following:
             write(made, entry)
             entry.data = made
 
+    def rewritten(self, parameter: Tensor) -> None:
+        """Let the average of a parameter begin anew, at what the parameter is."""
+        entry = None if self.average is None else self.average.get(self._key(parameter))
+        if isinstance(entry, Tensor) and entry.shape == parameter.shape:
+            entry.data = parameter.detach().to(entry, copy=True)
+
     # The end of a transaction
 
     def settle(self) -> None:

@@ -12,7 +12,6 @@ here, entry by entry. Carrying an edit out is the surgeon's: nothing here touche
 from __future__ import annotations
 
 import difflib
-import importlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -99,8 +98,11 @@ def replay(journal: list[Entry], model: nn.Module, *, modules: Mapping[str, nn.M
     _check_modules(entries, done, held)
     if len(entries) == done:
         return model
-    surgeon = importlib.import_module("esper_elastic.surgery.surgeon").ModelSurgeon()
-    with importlib.import_module("esper_elastic.surgery.transaction").transaction(model, validate=False):
+    from .surgeon import ModelSurgeon  # which keeps this journal
+    from .transaction import transaction
+
+    surgeon = ModelSurgeon()
+    with transaction(model, validate=False):
         for number, entry in enumerate(entries[done:], done):
             _perform(surgeon, model, entry, number, held)
     return model

@@ -36,13 +36,13 @@ def remove_layer(edit: Edit, path: str) -> None:
     for name in names:
         _take_out(edit, name, bridge)
     edit.replace(layer, bridge)
+    near = edit.neighbour(layer) or edit.neighbour(edit.module(path.rpartition(".")[0]))
+    for parameter in bridge.parameters():
+        added(parameter, near)
     kept = {id(p) for p in edit.model.parameters()}
     for parameter in layer.parameters():
         if id(parameter) not in kept:
             removed(parameter)
-    parent = edit.module(path.rpartition(".")[0])
-    for parameter in bridge.parameters():
-        added(parameter, edit.neighbour(parent))
     edit.touch(path.rpartition(".")[0])
     edit.done(path, f"removed; {folded or passes}")
 
@@ -99,38 +99,38 @@ def _floating(specs: Any) -> tuple[int, ...] | None:
 
 
 class _Seen(Exception):
-    """Ends a run where the layer has been seen."""
+    """Ends a run where the layer has been seen: with what it took and what it gave."""
 
 
-def _fit(edit: Edit, layer: nn.Module, bridge: Projection) -> None:
+class _Watched:
+    """Mixed in before a layer's own class for one run."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Seen((args, kwargs), super().__call__(*args, **kwargs))  # type: ignore[misc]
+
+
+def _fit(edit: Edit, layer: Any, bridge: Projection) -> None:
     """Fit a projection to what a layer does, by least squares on one calibration batch; where none is known it stays as drawn."""
-    batch = edit.batch
     if edit.repeats:
         return
-    if batch is None:
+    if edit.batch is None:
         edit.warn("no input of the model is known: the projection in the layer's place starts with random weights")
         return
-    seen: list[Tensor] = []
-
-    def see(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        x, y = first_tensor((args, kwargs)), first_tensor(result)
-        assert x is not None and y is not None
-        seen.extend((bridge.resample(x), y))
-        raise _Seen
-
-    hook = layer.register_forward_hook(see, with_kwargs=True)
+    kind, seen = type(layer), None
     try:
         with as_it_was(edit.model), torch.no_grad():
             for module in edit.model.modules():
                 module.training = False
-            edit.model(*batch[0], **batch[1])
-    except _Seen:
-        pass
+            layer.__class__ = type(kind.__name__, (_Watched, kind), {})
+            edit.model(*edit.batch[0], **edit.batch[1])
+    except _Seen as found:
+        seen = first_tensor(found.args[0]), first_tensor(found.args[1])
     finally:
-        hook.remove()
-    if len(seen) != 2:
+        layer.__class__ = kind
+    if seen is None or seen[0] is None or seen[1] is None:
         edit.warn("the layer did not run on the calibration batch: the projection in its place starts with random weights")
         return
+    seen = bridge.resample(seen[0]), seen[1]
     x, y = (tensor.movedim(-1 if bridge.last else 1, -1).flatten(0, -2).double() for tensor in seen)
     with torch.no_grad():
         solved = torch.linalg.lstsq(torch.cat([x, x.new_ones(len(x), 1)], 1).cpu(), y.cpu(), driver="gelsd").solution.T

@@ -236,7 +236,13 @@ class ModelSurgeon:
             assert state is not None
             torch.set_rng_state(state)
             same = Edit(twin, self.example_inputs, preserve=edit.preserve, repeats=edit.to_journal())
+            known = {name for name, _ in twin.named_parameters()}
             _BODIES[operation](same, {**arguments, "layer": own})
+            born = dict(edit.model.named_parameters())
+            with torch.no_grad():
+                for name, parameter in twin.named_parameters():
+                    if name not in known:
+                        parameter.copy_(born[name])
             torch.set_rng_state(after)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import threading
 from collections.abc import Iterable
 from typing import Any, Self
@@ -22,6 +21,7 @@ from ..errors import TransactionError
 from ..model import forgetting
 from .following import Following, join_waiting
 from .undo import UndoLog, Write, open_here, open_transactions
+from .validators import SurgeryValidator
 
 #: How many failing calls a rollback passes over without running a line of this package.
 _PASSES = 8
@@ -168,8 +168,7 @@ class Transaction(contextlib.ExitStack):
         self.log.forget()
 
     def _require_valid(self) -> None:
-        validators = importlib.import_module("esper_elastic.surgery.validators")
-        validator = validators.SurgeryValidator(self._example_inputs)
+        validator = SurgeryValidator(self._example_inputs)
         errors = self._following.wrong_groups()
         for check in (validator.validate_graph_integrity, validator.validate_dimension_compatibility):
             result = check(self.model)
@@ -181,6 +180,10 @@ class Transaction(contextlib.ExitStack):
                 f"transaction: {type(self.model).__name__} would not be valid, and is as it was before: {'; '.join(map(str, errors))}."
             )
 
+    def settle(self) -> None:
+        """Bring optimizers and averages in line with the model now; else it is done at the end."""
+        self._following.settle()
+
     # Reports
 
     def added(self, parameter: Tensor, near: Tensor | None) -> None:
@@ -191,6 +194,9 @@ class Transaction(contextlib.ExitStack):
 
     def moved(self, parameter: Tensor, shape: tuple[int, ...], write: Write) -> None:
         self._following.moved(parameter, shape, write)
+
+    def rewritten(self, parameter: Tensor) -> None:
+        self._following.rewritten(parameter)
 
     # Misuse and failure
 

@@ -49,6 +49,8 @@ class Open(Protocol):
 
     def moved(self, parameter: Tensor, shape: tuple[int, ...], write: Write) -> None: ...
 
+    def rewritten(self, parameter: Tensor) -> None: ...
+
 
 #: The open transactions of all threads, outer ones before those inside.
 open_transactions: list[Open] = []
@@ -113,6 +115,12 @@ def moved(parameter: Tensor, shape: tuple[int, ...], write: Write) -> None:
     """
     for each in open_here()[-1:]:
         each.moved(parameter, shape, write)
+
+
+def rewritten(parameter: Tensor) -> None:
+    """Say that all values of a parameter mean something else than before: an average of it, kept by name, begins anew."""
+    for each in open_here()[-1:]:
+        each.rewritten(parameter)
 
 
 class UndoLog:
