@@ -277,6 +277,7 @@ class Writer(nn.Module):
         self.history: list = []
         self.table = {"last": None}
         self.end = end
+        self.noted = self.note
         self.seen: list = []
         seen = self.seen
         self.fc.register_forward_hook(lambda module, args, result: seen.append(result))
@@ -292,6 +293,8 @@ class Writer(nn.Module):
         self.last = x
         self.count += 1
         self.table["other"] = x
+        self.noted(self, (x,))
+        torch.manual_seed(len(self.history))
         random.random()
         numpy.random.rand()
         x = self.fc(x) + torch.rand_like(x) + self.embedding(torch.zeros(len(x), dtype=torch.int64))
@@ -363,7 +366,9 @@ def test_a_compiled_model_runs_as_written():
     assert calls_of(part).of("1")[0].result.shape == (2, 5)
     compiled_in_place = nn.Sequential(nn.Linear(3, 4))
     compiled_in_place[0].compile(backend=fails)
-    assert calls_of(compiled_in_place).of("0")[0].result.shape == (2, 4)
+    calls = calls_of(compiled_in_place)
+    assert calls.of("0")[0].result.shape == (2, 4)
+    assert calls.used == {"0.weight", "0.bias"}
 
 
 @pytest.mark.parametrize("name", ["resnet_basic", "gpt2", "lstm"])
