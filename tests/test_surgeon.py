@@ -357,6 +357,15 @@ def test_refusals_say_why_and_change_nothing() -> None:
     assert [type(module) for module in model.modules()] == classes
 
 
+def test_a_refused_layer_is_as_it_was_given() -> None:
+    layer = nn.Conv2d(8, 16, 3, padding=2).eval()
+    weight, pointer = layer.weight.detach().clone(), layer.weight.data_ptr()
+    refused(surgeon().add_layer(net(), "after_blocks.0", layer), "does not take")
+    refused(surgeon().add_layer(net(), "after_stages.1", nn.Sequential(nn.Conv2d(16, 8, 1), layer, nn.Flatten())), "the model fails")
+    assert layer.weight.dtype == torch.float32 and torch.equal(layer.weight, weight) and layer.weight.data_ptr() == pointer
+    assert not layer.training and layer.weight.shape == (16, 8, 3, 3)
+
+
 def test_a_module_that_is_called_twice_or_never_is_refused() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

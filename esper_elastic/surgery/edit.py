@@ -101,9 +101,9 @@ class Edit:
                     return {"device": parameter.device, "dtype": parameter.dtype}
         return {}
 
-    def neighbour(self, module: nn.Module) -> nn.Parameter | None:
-        """A trainable parameter of a module, whose optimizer group new ones join."""
-        return next((parameter for parameter in module.parameters() if parameter.requires_grad), None)
+    def neighbour(self, *modules: nn.Module) -> nn.Parameter | None:
+        """The first trainable parameter of some modules, whose optimizer group new ones join."""
+        return next((parameter for module in modules for parameter in module.parameters() if parameter.requires_grad), None)
 
     # What is known of calls
 

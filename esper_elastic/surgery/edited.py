@@ -126,12 +126,15 @@ class Carrier:
             return value
         return self._take_here()
 
-    @torch.compiler.disable
     def _take_here(self) -> Tensor | None:
         return self._here.__dict__.pop("value", None)
 
     def __reduce__(self) -> Any:
         return Carrier, ()
+
+
+# As torch.compiler.disable does, which would import the compiler for it.
+Carrier._take_here._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 # Classes

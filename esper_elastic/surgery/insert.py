@@ -11,7 +11,7 @@ from ..errors import SurgeryError, TopologyError
 from .edit import Edit, fake_shape
 from .edited import edits_of, gate_name
 from .specs import LayerSpec
-from .undo import added, save_values
+from .undo import added, save_objects, save_values
 
 _SIDES = ("before", "after")
 
@@ -27,6 +27,7 @@ def add_layer(edit: Edit, position: str, layer: nn.Module | LayerSpec) -> None:
     made = layer.build() if isinstance(layer, LayerSpec) else layer
     _check_layer(edit, made)
     like = edit.like(host)
+    save_objects(made)
     made.to(**like)
     edits = edits_of(host, path)
     name = edits.free_name(side)

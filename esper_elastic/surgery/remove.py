@@ -36,7 +36,7 @@ def remove_layer(edit: Edit, path: str) -> None:
     for name in names:
         _take_out(edit, name, bridge)
     edit.replace(layer, bridge)
-    near = edit.neighbour(layer) or edit.neighbour(edit.module(path.rpartition(".")[0]))
+    near = edit.neighbour(layer, edit.module(path.rpartition(".")[0]))
     for parameter in bridge.parameters():
         added(parameter, near)
     kept = {id(p) for p in edit.model.parameters()}
