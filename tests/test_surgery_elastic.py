@@ -378,6 +378,18 @@ def test_what_left_the_model_follows_no_more():
     assert model.stem.out_dim.active == 2
 
 
+def test_a_compiled_model_follows():
+    model, inputs = case_of("residual")
+    ee.set_layout(model, "static")
+    compiled = torch.compile(model, backend="eager")
+    for capacity in (9, 12, 10):
+        torch.testing.assert_close(compiled(inputs), model(inputs))
+        with transaction(model, validate=False):
+            reallocate(model, model.stem.out_dim, capacity)
+    model.stem.out_dim.resize(10)
+    torch.testing.assert_close(compiled(inputs), model(inputs))
+
+
 # Axes
 
 
