@@ -204,7 +204,7 @@ class Reader(nn.Module):
             case "operator":
                 return x @ self.fc.weight
             case "shape":
-                return self.fc(x.to(self.fc.weight.dtype)).view(-1, self.fc.weight.shape[0])
+                return self.fc(x.to(self.fc.weight.dtype)).view(-1, self.fc.weight.shape[0]).view(-1, self.fc.weight.size(0))
             case "own list":
                 return self.fc(x) + self.weights[0]
         return self.fc(x)
@@ -416,6 +416,15 @@ def test_calls_are_remembered_until_something_changes(change):
     assert calls_of(model, x) is not calls
 
 
+def test_another_hook_is_a_change():
+    model = nn.Sequential(nn.Linear(4, 4))
+    hook = model[0].register_forward_hook(lambda module, args, result: result[:1])
+    assert calls_of(model).of("")[0].result.shape == (1, 4)
+    hook.remove()
+    model[0].register_forward_hook(lambda module, args, result: result[:, :1])
+    assert calls_of(model).of("")[0].result.shape == (2, 1)
+
+
 def test_calls_of_before_are_there_again_after_a_rollback():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     calls, old = calls_of(model), model[0]
@@ -506,9 +515,10 @@ def test_readers_inside_an_edited_part_are_seen():
     calls = calls_of(model)
     model[1].how = "function"
     assert smallest_closed(model, "1", calls).path == "1"
-    assert calls_of(model).readers("1.fc.weight") == ("1",)
+    calls = calls_of(model)
+    assert calls.readers("1.fc.weight") == ("1",)
     model[1].how = "call"
-    smallest_closed(model, "1", calls_of(model))
+    assert smallest_closed(model, "1", calls).path == "1"
     assert calls_of(model).readers("1.fc.weight") == ()
 
 
@@ -519,6 +529,23 @@ def test_a_change_that_shows_outside_is_tried_further_out():
     outcome = smallest_closed(model, "fc", calls)
     assert outcome and outcome.path == ""
     assert calls_of(model, x).of("fc")[0].result.shape[1] == 3
+
+
+def test_a_part_that_is_called_otherwise_after_the_change_is_tried_with_the_whole():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x[:, : self.fc.in_features])
+
+    model = Net()
+    calls = calls_of(model, torch.randn(2, 4))
+    model.fc = nn.Linear(2, 3)
+    assert not try_part(model, "fc", calls)
+    outcome = smallest_closed(model, "fc", calls)
+    assert outcome and outcome.path == ""
 
 
 def test_a_container_is_tried_by_what_calls_its_children():
