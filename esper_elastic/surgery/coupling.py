@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..convert.axes import Axes, short
 from ..convert.comparison import Mismatch, kind
 from ..convert.planner import keep_recurrent
+from ..convert.restore import plain_modules
 from ..convert.structure import Atom, Concat, Structure, atoms, measure, resolve, size, stiffen
 from ..convert.trace import Example, Node, Run, Value, in_mode, owned_tensors, run
 from ..convert.verify import Mode, Place, Verification
@@ -289,7 +290,7 @@ class Scope:
 
     def _unread(self) -> Iterator[tuple[Place, Structure]]:
         """Numbers kept by modules of the user's own beside a coupled tensor, equal to the size of that axis and of no other."""
-        for module in self.module.modules():
+        for module in plain_modules(self.module):
             own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
             if type(module).__module__.startswith("torch.nn.") or not own:
                 continue

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..convert.restore import plain_modules
 from ..errors import ElasticError, SurgeryError
 from .edit import Edit
 from .insert import add_layer
@@ -279,7 +280,7 @@ def _forget_compiled(model: nn.Module, root: nn.Module) -> None:
     frames = sys.modules.get("torch._dynamo.eval_frame")
     if frames is None:
         return
-    for module in {type(module): module for module in root.modules()}.values():
+    for module in {type(module): module for module in plain_modules(root)}.values():
         code = getattr(type(module).forward, "__code__", None)
         if code is not None:
             frames.reset_code(code)
