@@ -406,3 +406,25 @@ def test_a_plan_touches_nothing_and_tells_everything() -> None:
     ):
         assert made, made
     assert [(id(p), p.shape) for p in model.parameters()] == before
+
+
+def test_a_compiled_model_is_edited_within() -> None:
+    model = net()
+    compiled = torch.compile(model, backend="eager")
+    optimizer = torch.optim.AdamW(compiled.parameters())
+    with ee.transaction(compiled, optimizer):
+        assert surgeon().add_layer(compiled, "after_conv1", nn.Conv2d(8, 8, 1))
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+    assert ee.journal(compiled) == ee.journal(model) and len(ee.journal(model)) == 1
+
+
+def test_a_wrapper_that_keeps_account_of_parameters_is_refused() -> None:
+    class DistributedDataParallel(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    refused(
+        surgeon().add_layer(DistributedDataParallel(net()), "after_module.conv1", nn.ReLU()), "Edit what is inside .model.module. and wrap"
+    )
+    refused(surgeon().remove_layer("net", "conv1"), "model: expected an nn.Module, got str")

@@ -22,6 +22,7 @@ from .remove import remove_layer
 from .skip import add_skip_connection, remove_skip_connection
 from .specs import LayerSpec
 from .transaction import transaction, twins
+from .twins import unwrapped
 
 _Body = Callable[[Edit], None]
 
@@ -267,12 +268,19 @@ def root_of(model: nn.Module) -> nn.Module:
     """The model itself, where a compiled one is given.
 
     Raises:
-        SurgeryError: it is no module.
+        SurgeryError: it is no module, or one that keeps account of the parameters of what it wraps.
     """
     if not isinstance(model, nn.Module):
         raise SurgeryError(f"model: expected an nn.Module, got {type(model).__name__}.")
-    inner = model._modules.get("_orig_mod")
-    return inner if inner is not None and type(model).__name__ == "OptimizedModule" else model
+    if type(model).__name__ in _ACCOUNTANTS:
+        raise SurgeryError(
+            f"model: {type(model).__name__} would not know of the parameters that an edit adds or removes. Edit what is inside (model.module) "
+            "and wrap it anew."
+        )
+    return unwrapped(model)
+
+
+_ACCOUNTANTS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def _forget_compiled(model: nn.Module, root: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..errors import TransactionError
 from ..model import forgetting
 from .following import Following, join_waiting
+from .twins import unwrapped
 from .undo import UndoLog, Write, open_here, open_transactions
 from .validators import SurgeryValidator
 
@@ -65,6 +66,7 @@ def transaction(
     """
     if not isinstance(model, nn.Module):
         raise TransactionError(f"transaction: model: expected a torch.nn.Module, got {type(model).__name__}.")
+    model = unwrapped(model)
     optimizers = _several(optimizer)
     for each in optimizers:
         if not isinstance(each, Optimizer):
