@@ -274,8 +274,8 @@ def root_of(model: nn.Module) -> nn.Module:
         raise SurgeryError(f"model: expected an nn.Module, got {type(model).__name__}.")
     if type(model).__name__ in _ACCOUNTANTS:
         raise SurgeryError(
-            f"model: {type(model).__name__} would not know of the parameters that an edit adds or removes. Edit what is inside (model.module) "
-            "and wrap it anew."
+            f"model: {type(model).__name__} would not know of the parameters that an edit adds or removes. Edit what is "
+            "inside (model.module) and wrap it anew."
         )
     return unwrapped(model)
 
