@@ -408,6 +408,15 @@ def test_a_plan_touches_nothing_and_tells_everything() -> None:
     assert [(id(p), p.shape) for p in model.parameters()] == before
 
 
+@pytest.mark.parametrize("side", [28, 20, 36])
+def test_an_input_is_derived_for_a_classifier_of_another_size(side: int) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * (side // 2) ** 2, 5))
+    x = torch.randn(2, 1, side, side)
+    before = gives(model, x)
+    assert ee.ModelSurgeon().add_layer(model, "after_1", nn.Conv2d(6, 9, 3, padding=1))
+    assert difference(model, before, x) <= 1e-5 and model[4].in_features == 9 * (side // 2) ** 2
+
+
 def test_a_compiled_model_is_edited_within() -> None:
     model = net()
     compiled = torch.compile(model, backend="eager")

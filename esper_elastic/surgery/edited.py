@@ -81,6 +81,12 @@ class Edits(nn.ModuleDict):
             number += 1
         return f"{kind}_{number}"
 
+    def extra_repr(self) -> str:
+        """What is not seen among the children."""
+        removed = f"removed: {', '.join(self.bridges)}" if self.bridges else ""
+        sources = f"source of {len(self.taps)} skip{'s' if len(self.taps) > 1 else ''}" if self.taps else ""
+        return "; ".join(text for text in (removed, sources) if text)
+
     @property
     def empty(self) -> bool:
         """Whether nothing is left of any edit."""
