@@ -100,9 +100,14 @@ def replay(journal: list[Entry], model: nn.Module, *, modules: Mapping[str, nn.M
     if len(entries) == done:
         return model
     surgeon = importlib.import_module("esper_elastic.surgery.surgeon").ModelSurgeon()
-    with importlib.import_module("esper_elastic.surgery.transaction").transaction(model, validate=False):
+    transaction = importlib.import_module("esper_elastic.surgery.transaction").transaction(model, validate=False)
+
+    @transaction  # which a `with` of ours could not end: see there
+    def perform() -> None:
         for number, entry in enumerate(entries[done:], done):
             _perform(surgeon, model, entry, number, held)
+
+    perform()
     return model
 
 
