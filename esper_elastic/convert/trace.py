@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.nn.modules import module as module_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from ..errors import ConversionError
@@ -274,18 +274,18 @@ def _fake_input(x: Any, example: Example, recorder: _Recorder) -> Any:
     return made.requires_grad_(x.requires_grad)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
+#: Says of each op that fails on fake tensors that it does.
+LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def quiet() -> contextlib.ExitStack:
     """Keep to ourselves what torch says of ops that fail at widths which are being tried."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was = logger.disabled
-    logger.disabled = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = was
+    end = contextlib.ExitStack()
+    end.callback(setattr, LOGGER, "disabled", LOGGER.disabled)
+    LOGGER.disabled = True
+    end.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore")
+    return end
 
 
 def _swap(model: nn.Module, stand_ins: dict[int, Tensor], attributes: Mapping[tuple[nn.Module, str], Any]) -> None:
@@ -300,18 +300,15 @@ def _swap(model: nn.Module, stand_ins: dict[int, Tensor], attributes: Mapping[tu
         module.__dict__[name] = value
 
 
-@contextlib.contextmanager
-def in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
+def in_mode(model: nn.Module, training: bool | None) -> contextlib.ExitStack:
     """Put every module in training or evaluation mode for a while; ``None`` leaves each as it is."""
-    kept = [(module, module.training) for module in model.modules()]
-    try:
-        if training is not None:
-            for module, _ in kept:
-                module.training = training
-        yield
-    finally:
-        for module, was in kept:
-            module.training = was
+    end = contextlib.ExitStack()
+    modules = list(model.modules())
+    for module in modules:
+        end.callback(setattr, module, "training", module.training)
+    for module in modules if training is not None else ():
+        module.training = bool(training)
+    return end
 
 
 class _Recorder(TorchDispatchMode):
@@ -341,7 +338,7 @@ class _Recorder(TorchDispatchMode):
             found = self.note(tensor, Value(tensor))
             self.run.constants.append(found)
             if type(tensor) is Tensor and tensor.numel() <= _SMALL and not tensor.is_meta:
-                with _disable_current_modes():
+                with torch._C._DisableTorchDispatch():
                     found.content = tensor.flatten().tolist()
         return found
 
@@ -393,16 +390,13 @@ class _Recorder(TorchDispatchMode):
 
     # Modules
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        before = register_module_forward_pre_hook(self._enter)
+    def watching(self) -> contextlib.ExitStack:
+        end = contextlib.ExitStack()
+        end.callback(register_module_forward_pre_hook(self._enter).remove)
         after = register_module_forward_hook(self._leave, with_kwargs=True)
-        try:
-            yield
-        finally:
-            before.remove()
-            after.remove()
-            module_hooks._global_forward_hooks_with_kwargs.pop(after.id, None)  # torch 2.13 leaves this entry behind
+        end.callback(module_hooks._global_forward_hooks_with_kwargs.pop, after.id, None)  # torch 2.13 leaves this entry behind
+        end.callback(after.remove)
+        return end
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         path = self.paths.get(id(module), f"{self.call.path}.<{type(module).__name__}>")

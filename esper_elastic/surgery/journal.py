@@ -102,9 +102,13 @@ def replay(journal: list[Entry], model: nn.Module, *, modules: Mapping[str, nn.M
     from .transaction import transaction
 
     surgeon = ModelSurgeon()
-    with transaction(model, validate=False):
+
+    @transaction(model, validate=False)  # which a `with` of ours could not end: see there
+    def perform() -> None:
         for number, entry in enumerate(entries[done:], done):
             _perform(surgeon, model, entry, number, held)
+
+    perform()
     return model
 
 

@@ -52,7 +52,7 @@ class Calls:
         self.leaks: set[str] = set()
         self.readers: dict[str, set[frozenset[str]]] = {}
         self.signature = _signature(inputs)
-        self.stamp = stamp(model)
+        self.stamp: int | None = stamp(model)
         with in_mode(model, False):
             self._read(self.record(model, "", self.inputs)[1])
 
@@ -141,6 +141,7 @@ class Calls:
 
     def renew(self, model: nn.Module, path: str, example: Example, runs: dict[Mode, Run]) -> None:
         """Take in an edit inside of ``path``, from runs of that module: what the modules within are called with now."""
+        self.stamp = None  # for the time of the changes: what an exception leaves is of no model
         for known in [known for known in self.given if not path or known.startswith(f"{path}.")]:
             del self.given[known]
         self._note_calls(next(iter(runs.values())), path)

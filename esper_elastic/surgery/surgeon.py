@@ -204,21 +204,23 @@ class ModelSurgeon:
             root = root_of(model)
             edit = self._make_edit(root, arguments, repeats)
             entry = _entry(operation, arguments)
-            with transaction(root, validate=False):
-                self._carry_out(operation, edit, arguments)
-                edit.try_out()
-                edit.details |= {"name": edit.name, "steps": edit.steps, "warnings": edit.warnings}
-                edit.details.setdefault("function_kept", bool(arguments.get("preserve", True)))
-                if planned:
-                    raise _Planned
-                record(root, entry | {"name": edit.name, "details": edit.to_journal()})
-                _forget_compiled(model, root)
+            transaction(root, validate=False)(self._make)(operation, model, edit, arguments, entry, planned)
         except _Planned:
             pass
         except ElasticError as refused:
             error = refused
         details = edit.details if edit is not None and error is None else {}
         return SurgeryResult(error is None, operation, details, 1e3 * (time.perf_counter() - start), error)
+
+    def _make(self, operation: str, model: nn.Module, edit: Edit, arguments: dict[str, Any], entry: dict[str, Any], planned: bool) -> None:
+        self._carry_out(operation, edit, arguments)
+        edit.try_out()
+        edit.details |= {"name": edit.name, "steps": edit.steps, "warnings": edit.warnings}
+        edit.details.setdefault("function_kept", bool(arguments.get("preserve", True)))
+        if planned:
+            raise _Planned
+        record(edit.model, entry | {"name": edit.name, "details": edit.to_journal()})
+        _forget_compiled(model, edit.model)
 
     def _make_edit(self, root: nn.Module, arguments: Mapping[str, Any], repeats: dict[str, Any] | None) -> Edit:
         preserve = arguments.get("preserve", True)

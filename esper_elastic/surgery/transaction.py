@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..errors import TransactionError
 from ..model import forgetting
 from .following import Following, join_waiting
+from .surroundings import hooks_of_all_modules, surroundings
 from .twins import unwrapped
 from .undo import UndoLog, Write, open_here, open_transactions
 from .validators import SurgeryValidator
@@ -87,8 +88,11 @@ def twins(model: nn.Module) -> list[nn.Module]:
     return next((list(each._following.twins) for each in open_here() if isinstance(each, Transaction) and each.model is model), [])
 
 
-class Transaction(contextlib.ExitStack):
+class Transaction(contextlib.ExitStack, contextlib.ContextDecorator):
     """See :func:`transaction`, which makes it. It is entered once.
+
+    ``Transaction(...)(function)(...)`` calls a function inside. A ``with`` in this package would not do: whatever is raised again at each
+    of its lines is raised before the ``with`` comes to its end, and nothing would be undone.
 
     Attributes:
         model: that is edited.
@@ -136,9 +140,11 @@ class Transaction(contextlib.ExitStack):
             log.add(*forgetting(self.model))
             log.record(self._following, *things)
             log.save_values(*_numbers(self._following.optimizers, schedulers, scaler))
+            log.record(*hooks_of_all_modules())
         if outer is not None and (optimizers or ema is not None):
             self._following.add(optimizers, ema)
         self.log.record_random_numbers()
+        self.log.add(*surroundings())  # the last to be noted, so that the rest is put back outside of any mode
         self.log.failed += (
             functools.partial(nn.Module.register_forward_pre_hook, self.model, _refuse_use),
             functools.partial(self.push, self._say_that_rollback_failed),
