@@ -88,7 +88,9 @@ def test_a_record_tells_what_a_real_run_gives(name):
     calls = record(model, args, kwargs)
     seen: dict[str, list] = {}
     for path, module in model.named_modules():
-        module.register_forward_hook(lambda m, a, result, path=path: seen.setdefault(path, []).append(recording.specs_of(result)))
+        module.register_forward_hook(
+            lambda m, a, result, path=path: seen.setdefault(path, []).append(recording.specs_of(result, inside=True))
+        )
     model(*args, **kwargs)
     assert {path: [call.result for call in calls.of(path)] for path in calls.paths} == seen
 
@@ -748,3 +750,68 @@ def test_copies_have_memories_of_their_own():
     twin = copy.deepcopy(model)
     assert memory_of(twin) is not memory_of(model)
     assert calls_of(twin) is not calls
+
+
+# What modules take and give past their arguments and results
+
+
+class Aside(nn.Module):
+    """A holder whose parts hand a tensor on by an attribute."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.second, self.third = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(Taker()), nn.Linear(4, 4)
+
+    def forward(self, x):
+        made = self.first[0](x) if self.how == "inside" else self.first(x)
+        self.second[0].brought = {"given": None, "the input": x, "a result": made, "inside": made}[self.how]
+        return self.third(self.second(made))
+
+
+class Taker(nn.Module):
+    brought = None
+
+    def forward(self, x):
+        return x if self.brought is None else x + self.brought
+
+
+@pytest.mark.parametrize(
+    ("how", "open"),
+    [("given", set()), ("the input", {"second", "second.0"}), ("a result", set()), ("inside", set())],
+)
+def test_a_tensor_that_is_brought_past_the_arguments_is_seen(how, open):
+    calls = record(Aside(how), (torch.randn(2, 4),))
+    assert calls.open == open
+
+
+def test_a_tensor_that_is_taken_from_inside_is_seen():
+    class Keeper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            self.kept = self.inner(x)
+            return self.kept * 2
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keeper, self.last = Keeper(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.last(self.keeper(x) + self.keeper.kept)
+
+    assert record(Reader(), (torch.randn(2, 4),)).open == {"keeper"}
+
+
+def test_a_skip_opens_the_modules_between_its_ends_until_it_is_removed():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(3)))
+    x, hand = torch.randn(2, 4), ee.ModelSurgeon(torch.randn(2, 4))
+    skip = hand.add_skip_connection(model, "0.0", "2.0")
+    assert calls_of(model, x).open == {"0", "2", "2.0", "2.0.edits.skip_0"}
+    assert hand.modify_layer(model, "1.0", {"out_features": 6}) and hand.modify_layer(model, "2.0", {"out_features": 6})
+    assert calls_of(model, x).open == {"0", "2", "2.0", "2.0.edits.skip_0"} == record(model, (x,)).open
+    assert hand.remove_skip_connection(model, skip.details["name"])
+    assert calls_of(model, x).open == set()

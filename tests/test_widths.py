@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from zoo import AWKWARD, MODELS, call
 
+from esper_elastic.convert import trace, verify
 from esper_elastic.errors import TopologyError
-from esper_elastic.surgery import undo
-from esper_elastic.surgery.known import calls_of
+from esper_elastic.surgery import alone, undo
 from esper_elastic.surgery.tensors import replace_storage
 from esper_elastic.surgery.widths import Coupled, find
 
@@ -736,24 +736,52 @@ def test_a_size_that_code_does_not_take_is_refused_before_anything_changes():
     find(model, "first.weight", 0, x).resize(8)
 
 
-def test_a_record_is_kept_until_the_model_or_the_inputs_change():
-    model = net()
-    first = calls_of(model, image())
-    assert calls_of(model, image()) is first
-    find(model, "conv.weight", 0, image()).resize(8)
-    assert calls_of(model, image()) is first
-    assert first.given["norm"][0].args[0].shape == (2, 8, 4, 4)
-    assert calls_of(model, image()[:1]) is not first
-    second = calls_of(model, image())
-    model.fc1 = nn.Linear(128, 10).double()
-    assert calls_of(model, image()) is not second
+def ran(monkeypatch) -> list[str]:
+    """Names of the classes of modules that are run, op by op, from here on; those of runs at another size in parentheses."""
+    seen: list[str] = []
+
+    def first(module, example, **given):
+        seen.append(type(module).__name__)
+        return trace.run(module, example, **given)
+
+    def other(module, example, **given):
+        seen.append(f"({type(module).__name__})")
+        return trace.run(module, example, **given)
+
+    monkeypatch.setattr(alone, "run", first)
+    monkeypatch.setattr(verify, "run", other)
+    return seen
 
 
-def test_a_record_keeps_no_model_alive():
+def test_a_block_runs_alone_and_once_it_is_known_only_in_evaluation(monkeypatch):
+    case = MODELS["resnet_bottleneck"]
+    model = built(case)
+    seen = ran(monkeypatch)
+    find(model, "layer2.0.conv2.weight", 0, inputs_of(case), size=20).resize(20)
+    assert seen == ["Bottleneck", "Bottleneck", "(Bottleneck)"]
+    seen.clear()
+    find(model, "layer2.0.conv1.weight", 0, inputs_of(case), size=20).resize(20)
+    assert seen == ["Bottleneck", "(Bottleneck)"]
+    seen.clear()
+    find(model, "layer2.0.conv3.weight", 0, inputs_of(case), size=72)
+    assert seen == ["Bottleneck", "Sequential", "ResNet", "ResNet", "(ResNet)"]
+
+
+def test_other_settings_of_a_module_are_seen_in_training_again(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.0), nn.Linear(6, 2)), torch.randn(3, 4)
+    seen = ran(monkeypatch)
+    for rate, runs in ((0.0, 2), (0.0, 1), (0.5, 2), (0.5, 2)):
+        model[1].p = rate
+        seen.clear()
+        find(model, "0.weight", 0, x)
+        assert seen.count("Sequential") == runs
+
+
+def test_what_is_known_keeps_no_model_alive():
     model = net()
+    model.own = (model.fc1,)
     for size in (8, 5):
         find(model, "conv.weight", 0, image()).resize(size)
-    assert calls_of(model, image()).runs("", model) is not None
     watch = [weakref.ref(model), weakref.ref(model.conv), weakref.ref(model.conv.weight)]
     del model
     gc.collect()

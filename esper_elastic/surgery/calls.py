@@ -90,12 +90,16 @@ class Calls:
         args: positional arguments of the model, as specs.
         kwargs: those by name.
         used: names of the parameters and buffers whose values were read.
+        open: paths of modules that take or give tensors by other ways than their arguments and results.
+        scopes: ``(tensor, axis)`` -> the module that a dim along that axis was last found not to leave.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args = args
         self.kwargs = kwargs
         self.used: set[str] = set()
+        self.open: set[str] = set()
+        self.scopes: dict[tuple[str, int], str] = {}
         self._calls: dict[str, list[CallSpec]] = {}
         self._readers: dict[str, set[str]] = {}
         self._aliases: dict[str, str] = {}
@@ -146,6 +150,9 @@ class Calls:
                 made._calls.setdefault(where, []).extend(calls)
             for name, readers in part._readers.items():
                 made._readers.setdefault(name, set()).update(readers)
+        crossed = path in self.open  # then what is inside may be open to what is outside, which no run of the part shows
+        made.open = {each for each in self.open if crossed or not each.startswith(f"{path}.")}.union(*(part.open for part in parts))
+        made.scopes = self.scopes
         for each in (self, *parts):
             made._aliases.update(each._aliases)
             made.used |= each.used
@@ -189,19 +196,20 @@ def spec_of(value: Any) -> Any:
     return Opaque(type(value).__name__)
 
 
-def specs_of(tree: Any) -> Any:
-    """A tree with specs for its leaves."""
+def specs_of(tree: Any, *, inside: bool = False) -> Any:
+    """A tree with specs for its leaves; ``inside``: also for those of dataclasses, which cannot be made again from them."""
     kind = type(tree)
     if kind is tuple:
-        return tuple(specs_of(item) for item in tree)
+        return tuple([specs_of(item, inside=inside) for item in tree])
     if kind is list:
-        return [specs_of(item) for item in tree]
+        return [specs_of(item, inside=inside) for item in tree]
     if kind is dict:
-        return {key: specs_of(item) for key, item in tree.items()}
+        return {key: specs_of(item, inside=inside) for key, item in tree.items()}
     if isinstance(tree, Tensor):
         return TensorSpec.of(tree)
     if kind in PLAIN:
         return tree
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type | TensorSpec | Opaque) and not isinstance(tree, Mapping):
-        return (kind.__name__, {field.name: specs_of(getattr(tree, field.name, None)) for field in dataclasses.fields(tree)})
+    if inside and dataclasses.is_dataclass(tree) and not isinstance(tree, type | TensorSpec | Opaque | Mapping):
+        values = {field.name: getattr(tree, field.name, None) for field in dataclasses.fields(tree)}
+        return (kind.__name__, specs_of(values, inside=True))
     return pytree.tree_map(spec_of, tree)

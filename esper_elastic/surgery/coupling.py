@@ -8,21 +8,21 @@ whether code goes along, which numbers that modules keep follow, and which axes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..convert.axes import Axes, short
-from ..convert.comparison import Mismatch, kind
+from ..convert.comparison import Mismatch
 from ..convert.planner import keep_recurrent
 from ..convert.restore import plain_modules
 from ..convert.structure import Atom, Concat, Structure, atoms, measure, resolve, size, stiffen
-from ..convert.trace import Example, Node, Run, Value, in_mode, owned_tensors, run
+from ..convert.trace import Example, Node, Run, Value, owned_tensors
 from ..convert.verify import Mode, Place, Verification
 from ..errors import ConversionError
-from .known import Calls
-
-_MODES = (Mode(False, True), Mode(True, True))
+from .alone import Alone, Arguments, arguments_of, own_paths
+from .calls import Calls
 
 
 class Refused(Exception):
@@ -165,7 +165,16 @@ class Scope:
     """
 
     def __init__(
-        self, model: nn.Module, calls: Calls, path: str, tensor: Tensor, axis: int, *, thorough: bool = False, returned: bool = False
+        self,
+        model: nn.Module,
+        inputs: Arguments,
+        calls: Calls,
+        path: str,
+        tensor: Tensor,
+        axis: int,
+        *,
+        thorough: bool = False,
+        returned: bool = False,
     ) -> None:
         self.path = path
         self.returned = returned and not path
@@ -175,16 +184,26 @@ class Scope:
         for name, _, _, own in owned_tensors(self.module):
             if self.axes.names.setdefault(id(own), name) == name:
                 self.tensors[name] = own
-        example, self.runs = self._run(calls)
-        for each in self.runs.values():
-            self.axes.read(each, outputs=self.returned)
-        keep_recurrent(self.module, self.axes)
+        self.runs: dict[Mode, Run] = {}
         self.tried = 0
-        self.axis = self.axes.tensors[self.axes.names[id(tensor)]][axis]
-        self.trial = Trial(self.module, example, self.axes, self.runs, self.axis)
         self._model, self._calls = model, calls
+        given = arguments_of(calls, path) if path else inputs
+        if given is None:
+            raise Refused(f"{path!r} cannot be run by itself")
+        alone = Alone(self.module, given)
+        try:
+            for mode, each in alone.runs():
+                self.runs[mode] = each
+                self.axes.read(each, outputs=self.returned)
+                self.axis = self.axes.tensors[self.axes.names[id(tensor)]][axis]
+                if path:
+                    self._refuse_passing()
+        except ConversionError as error:
+            raise Refused(str(error)) from error
+        keep_recurrent(self.module, self.axes)
+        self.trial = Trial(self.module, alone.example, self.axes, self.runs, self.axis)
         if thorough:
-            self._learn(example)
+            self._learn(alone.example)
         self._prefer()
         try:
             self.trial.atom()
@@ -220,29 +239,13 @@ class Scope:
             if self.axes.elastic(factor) and not wanted.isdisjoint(atoms(rest)):
                 yield factor
 
-    def _run(self, calls: Calls) -> tuple[Example, dict[Mode, Run]]:
-        known = calls.runs(self.path, self.module)
-        if known is not None:
-            return known
-        given = calls.arguments(self.path)
-        if given is None:
-            raise Refused(f"{self.path!r} cannot be run by itself")
-        example: Example | None = None
-        runs: dict[Mode, Run] = {}
-        for mode in _MODES[:1] if self.path in calls.alike else _MODES:
-            try:
-                with in_mode(self.module, mode.training):
-                    if example is None:
-                        example, runs[mode] = calls.record(self.module, self.path, given)
-                    else:
-                        runs[mode] = run(self.module, example)
-            except ConversionError as error:  # layers dropped at random, in training alone
-                if not runs and mode is _MODES[-1]:
-                    raise Refused(str(error)) from error
-        assert example is not None
-        if len(runs) == len(_MODES) and len(list(_distinct(runs))) == 1:
-            calls.alike.add(self.path)
-        return example, runs
+    def _refuse_passing(self) -> None:
+        """Refuse an axis of which every dim leaves the module: no other mode makes of that less."""
+        for atom in atoms(self.axis):
+            if atom.rigid is None and next(self._ends({atom}), None) is None:
+                return
+        for why in self._ends(set(atoms(self.axis))):
+            raise Refused(why)
 
     def settle(self, size: int) -> None:
         """See that code goes along at another size of the axis, and what follows.
@@ -274,8 +277,12 @@ class Scope:
                     continue
                 if module not in inside:
                     raise Refused(f"{name} shares a tensor with it")
-                if any(self.path not in chain for chain in self._calls.readers.get(name, ())):
+                if any(self._called_outside(path) for path in (name.rpartition(".")[0], *self._calls.readers(name))):
                     raise Refused(f"{name} is read outside of {self.path!r}")
+
+    def _called_outside(self, path: str) -> bool:
+        """Whether a module runs without this one around it."""
+        return any(all(above.path != self.path for above in call.chain()) for call in self._calls.of(path))
 
     def _ends(self, dims: set[Atom]) -> Iterator[str]:
         """Where the module takes or gives tensors that have one of the dims."""
@@ -349,12 +356,11 @@ class Scope:
 
 def _distinct(runs: Mapping[Mode, Run]) -> Iterator[Mode]:
     """The modes in which code takes paths of its own."""
-    seen = set()
+    seen: list[Any] = []
     for mode, each in runs.items():
-        counted = [node for node in each.nodes if any(output.shape for output in node.outputs)]  # others count batches
-        path = tuple((kind(node.op), node.line, node.call.path) for node in counted)
+        path = own_paths(each)
         if path not in seen:
-            seen.add(path)
+            seen.append(path)
             yield mode
 
 

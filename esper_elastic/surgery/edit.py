@@ -224,7 +224,9 @@ class Edit:
         Raises:
             TopologyError: it cannot change, or not while the function is kept.
         """
-        coupled = widths.find(self.model, tensor, axis, self.inputs, size=size, returned=returned)
+        if self._touched:
+            self.try_out()
+        coupled = widths.find(self.model, tensor, axis, self.inputs, size=size, returned=returned, calls=self.calls)
         coupled.resize(size, preserve=self.preserve)
         if size < coupled.size:
             self.details["function_kept"] = False
@@ -273,6 +275,7 @@ class Edit:
         elif not outcome.same:
             self.details["function_kept"] = False
             self.warn(outcome.error)
+        self.calls, self._touched = outcome.calls, []
 
     def _enclosing(self) -> str:
         """The path of the smallest module that holds all that was touched; what is inserted at a module counts as part of it."""

@@ -39,6 +39,7 @@ def add_layer(edit: Edit, position: str, layer: nn.Module | LayerSpec) -> None:
     have, want = _channel_change(made, shape, host, side, like)
     if have != want:
         edits._modules[name] = _square(made, have, shape).to(**like)  # what depends on it depends on the layer
+        edit.touch(path)
         edit.resize(f"{full}.weight", 0, want)
     edits._modules[name] = made
     made.train(host.training)

@@ -71,7 +71,6 @@ def stamp_of(model: nn.Module) -> Any:
     parts: list[Any] = []
     for path, module in model.named_modules():
         attributes = module.__dict__
-        plain = [value for value in attributes.values() if type(value) in _SCALARS or type(value) is tuple or _is_plain_list(value)]
         tensors = [
             (name, id(tensor), tensor.shape, tensor.dtype, tensor.device)
             for table in (attributes.get("_parameters", {}), attributes.get("_buffers", {}))
@@ -79,12 +78,21 @@ def stamp_of(model: nn.Module) -> Any:
             if tensor is not None
         ]
         hooks = [tuple(attributes[name]) for name in ("_forward_hooks", "_forward_pre_hooks") if attributes.get(name)]
-        parts.append((path, weakref.ref(module), weakref.ref(type(module)), [_hashable(value) for value in plain], tensors, hooks))
+        parts.append((path, weakref.ref(module), weakref.ref(type(module)), module.training, settings_of(module), tensors, hooks))
         if isinstance(module, ElasticLayer):
             parts.append((id(module._widths.block), module._widths.block.generation, module._widths.static))
         if isinstance(module, Switchable):
             parts.append((module.switch.on, module.static))
     return parts
+
+
+def settings_of(module: nn.Module) -> list[Any]:
+    """The plain attributes of a module but for its mode: what its code may decide by. They keep nothing alive."""
+    return [
+        _hashable(value)
+        for name, value in module.__dict__.items()
+        if (type(value) in _SCALARS or type(value) is tuple or _is_plain_list(value)) and name != "training"
+    ]
 
 
 def _is_plain_list(value: Any) -> bool:

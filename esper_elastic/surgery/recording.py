@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..convert.restore import generators_kept
-from ..convert.trace import quiet
+from ..convert.trace import quiet, tensors_in
 from ..errors import SurgeryError
 from .calls import PLAIN, Calls, CallSpec, Failure, TensorSpec, spec_of, specs_of
 from .shapes import RULES, SAME_TYPE, fake_tensor, require_same_type
@@ -104,6 +104,10 @@ class _Run:
         self._paths: dict[int, str] = {}
         self._names: dict[int, list[str]] = {}
         self._owners: dict[int, set[str]] = {}
+        self._makers: dict[int, CallSpec | None] = {}  # of tensors by identity; nobody, of the inputs
+        self._given: dict[int, set[int]] = {}  # tensors among the arguments of a call, and
+        self._gave: dict[int, set[int]] = {}  # in its result
+        self._kept: list[Tensor] = []  # a tensor that dies could give its identity to another
         self._within = within
         self._twins = Twins(self._stand_in, self._watch)
         self._training = training
@@ -121,6 +125,7 @@ class _Run:
                 for module in twin.modules():
                     module.__dict__["training"] = self._training
             self._learn_names(twin)
+            self._note_made((args, kwargs), None)
             try:
                 with self.mode, _Functions(self, rules, same_type):
                     twin(*args, **kwargs)
@@ -181,6 +186,7 @@ class _Run:
         if path is None:
             path = f"{parent.path if parent else ''}.<{type(twin).__name__}>".lstrip(".")
         spec = CallSpec(path, specs_of(args), specs_of(kwargs), parent)
+        self._given[id(spec)] = {id(tensor) for tensor in tensors_in((args, kwargs))}
         self._stack.append(spec)
         try:
             result = call(*args, **kwargs)
@@ -190,24 +196,54 @@ class _Run:
             raise
         finally:
             self._stack.pop()
-        spec.result = specs_of(result)
+        spec.result = specs_of(result, inside=True)
+        self._gave[id(spec)] = self._note_made(result, spec)
         self.calls._calls.setdefault(path, []).append(spec)
         return result
 
     def read(self, values: Iterable[Any]) -> None:
-        """Note whose parameters are among the operands of a function."""
-        here = self._stack[-1].path if self._stack else self._within[1]
+        """Note whose parameters are among the operands of a function, and what has come to it past the arguments and results of modules."""
+        call = self._stack[-1] if self._stack else None
+        here = call.path if call is not None else self._within[1]
         for value in values:
             kind = type(value)
             if kind in _TREES:
                 self.read(value.values() if kind is dict else value)
                 continue
-            names = self._names.get(id(value))
+            key = id(value)
+            names = self._names.get(key)
             if names is not None:
                 self.calls.used.update(names)
-                if here not in self._owners[id(value)]:
+                if here not in self._owners[key]:
                     for name in names:
                         self.calls._readers.setdefault(name, set()).add(here)
+            elif self._makers.get(key, call) is not call:
+                self._note_way(key, self._makers[key], call)
+
+    def made(self, result: Any) -> None:
+        """Note who has made the tensors that a function gave."""
+        self._note_made(result, self._stack[-1] if self._stack else None)
+
+    def _note_made(self, result: Any, call: CallSpec | None) -> set[int]:
+        found = set()
+        for tensor in tensors_in(result):
+            found.add(id(tensor))
+            if id(tensor) not in self._makers:
+                self._makers[id(tensor)] = call
+                self._kept.append(tensor)
+        return found
+
+    def _note_way(self, tensor: int, maker: CallSpec | None, reader: CallSpec | None) -> None:
+        """Note the modules that a tensor has left without being in their result, or come into without being among their arguments."""
+        around = set() if maker is None else {id(call) for call in maker.chain()}
+        while reader is not None and id(reader) not in around:
+            if tensor not in self._given[id(reader)]:
+                self.calls.open.add(reader.path)
+            reader = reader.parent
+        while maker is not reader and maker is not None:
+            if tensor not in self._gave.get(id(maker), ()):
+                self.calls.open.add(maker.path)
+            maker = maker.parent
 
     def note_failure(self, error: Exception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the innermost function of torch that an exception comes from."""
@@ -262,11 +298,14 @@ class _Functions(TorchFunctionMode):
                 except (TypeError, ValueError, AttributeError):  # a way to call it that the rule does not know
                     result = None
                 if result is not None:
+                    self._run.made(result)
                     return result
         try:
             if func in self._same_type:
                 require_same_type(*args, *kwargs.values())
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self._run.made(result)
+            return result
         except Exception as error:
             self._run.note_failure(error, func, args, kwargs)
             raise

@@ -33,6 +33,7 @@ class Outcome:
         decided: whether the trial says anything: nothing is known where no input is, or where code decides by the values of tensors.
         failure: why it did not run, if something failed.
         error: the same in words, or what changed in the results; ``""`` if nothing did.
+        calls: those of the whole model as it is now, where the trial tells.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Outcome:
     decided: bool
     failure: Failure | None = None
     error: str = ""
+    calls: Calls | None = dataclasses.field(default=None, repr=False)
     _parts: tuple[Calls, ...] = dataclasses.field(default=(), repr=False)
 
     def __bool__(self) -> bool:
@@ -146,16 +148,16 @@ def smallest_closed(model: nn.Module, path: str, calls: Calls | None = None) -> 
             where = ""  # what is called may be called otherwise now: the whole model has the last word
             continue
         if outcome.ok and (outcome.same or not where):
-            _remember(model, outcome, calls)
-            return outcome
+            return dataclasses.replace(outcome, calls=_remember(model, outcome, calls))
         if not where:
             return outcome
         where = where.rpartition(".")[0]
 
 
-def _remember(model: nn.Module, outcome: Outcome, calls: Calls) -> None:
+def _remember(model: nn.Module, outcome: Outcome, calls: Calls) -> Calls:
     calls = calls.with_parts(outcome.path, list(outcome._parts)) if outcome.path else outcome._parts[0]
     memory_of(model).keep_calls(stamp_of(model), _key((calls.args, calls.kwargs)), calls)
+    return calls
 
 
 def _failed(path: str, failure: Failure | None) -> Outcome:

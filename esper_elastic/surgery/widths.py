@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.structure import forget_history
-from ..convert.trace import owned_tensors
-from ..errors import ConversionError, TopologyError
+from ..convert.trace import Example, owned_tensors
+from ..errors import TopologyError
+from .alone import Arguments, alike, note_alike
+from .calls import Calls
 from .coupling import KeptByCode, Refused, Scope
-from .known import Calls, calls_of
 from .resizing import Stretches, attributes_of, changes_of, check_owners
 from .tensors import replace_storage
+from .trial import look
 
 
 class Binding(NamedTuple):
@@ -74,7 +76,6 @@ class Coupled:
     scope: str
     _model: nn.Module = dataclasses.field(repr=False)
     _found: Scope = dataclasses.field(repr=False)
-    _calls: Calls = dataclasses.field(repr=False)
 
     @property
     def units(self) -> int:
@@ -113,10 +114,10 @@ class Coupled:
         attributes = attributes_of(found, units)
         for change in changes:
             replace_storage(change.tensor, change.storage, change.write)
+        known = {module for module, _, _ in attributes if alike(module)}
         for module, name, value in attributes:
             vars(module)[name] = value
-        if units != self.units:
-            self._calls.renew(self._model, self.scope, found.trial.example, found.trial.ends)
+        note_alike(known)
 
     @property
     def _where(self) -> str:
@@ -167,7 +168,16 @@ class Coupled:
         return found
 
 
-def find(model: nn.Module, tensor_name: str, axis: int, inputs: Any, *, size: int | None = None, returned: bool = False) -> Coupled:
+def find(
+    model: nn.Module,
+    tensor_name: str,
+    axis: int,
+    inputs: Any,
+    *,
+    size: int | None = None,
+    returned: bool = False,
+    calls: Calls | None = None,
+) -> Coupled:
     """What is coupled with an axis of a parameter.
 
     Args:
@@ -177,6 +187,7 @@ def find(model: nn.Module, tensor_name: str, axis: int, inputs: Any, *, size: in
         inputs: of the model: a tensor, a tuple of arguments or a dict of keyword arguments. Values do not matter.
         size: that the axis is to have, if that is known: what is found out by a trial at this size need not be tried again.
         returned: whether the dim may be one of what the model returns, which is then of another size.
+        calls: of the model as it is now, on these inputs, if they are known.
 
     Effects:
         Runs modules of the model on fake tensors.
@@ -188,19 +199,21 @@ def find(model: nn.Module, tensor_name: str, axis: int, inputs: Any, *, size: in
     axis %= tensor.dim()
     if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
         raise TopologyError(f"{tensor_name}[{axis}]: size: expected an integer, got {size!r}.")
-    try:
-        calls = calls_of(model, inputs)
-    except ConversionError as error:
-        raise TopologyError(f"{tensor_name}: the model cannot be run on fake tensors: {error}") from error
+    if calls is None:
+        calls, failure = look(model, inputs)
+        if calls is None:
+            raise TopologyError(f"{tensor_name}: the model cannot be run on fake tensors: {failure}.")
+    example = Example(inputs)
+    given = Arguments(example.args, example.kwargs)
     reasons: list[str] = []
     paths = [(path, False) for path in _paths(model, calls, tensor_name, axis)]
     for path, thorough in paths:
         try:
-            scope = Scope(model, calls, path, tensor, axis, thorough=thorough, returned=returned)
+            scope = Scope(model, given, calls, path, tensor, axis, thorough=thorough, returned=returned)
             scope.settle(tensor.shape[axis] + 1 if size is None or size < 1 else size)
             check_owners(scope)
             calls.scopes[tensor_name, axis] = path
-            return _describe(model, calls, scope, tensor_name, axis)
+            return _describe(model, scope, tensor_name, axis)
         except Refused as refused:
             reasons.append(str(refused))
             if isinstance(refused, KeptByCode) and not thorough:
@@ -239,13 +252,13 @@ def _paths(model: nn.Module, calls: Calls, name: str, axis: int) -> Iterator[str
     if path and type(owner).__module__.startswith("torch.nn.") and next(owner.children(), None) is None:
         path = path.rpartition(".")[0]  # a single layer takes or gives all of its dims
     while path:
-        if path in calls.given:
+        if calls.of(path):
             yield path
         path = path.rpartition(".")[0]
     yield ""
 
 
-def _describe(model: nn.Module, calls: Calls, scope: Scope, name: str, axis: int) -> Coupled:
+def _describe(model: nn.Module, scope: Scope, name: str, axis: int) -> Coupled:
     paths = {module: path for path, module in model.named_modules()}
     bindings = []
     for key, _ in scope.coupled():
@@ -272,5 +285,4 @@ def _describe(model: nn.Module, calls: Calls, scope: Scope, name: str, axis: int
         scope.path,
         model,
         scope,
-        calls,
     )
