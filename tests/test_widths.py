@@ -788,23 +788,6 @@ def test_what_is_known_keeps_no_model_alive():
     assert [each() for each in watch] == [None] * 3
 
 
-def test_a_run_is_kept_until_something_changes_in_it():
-    model = nn.Sequential(Twice().block, Twice().block)
-    x = torch.randn(2, 3)
-    calls = calls_of(model, x)
-
-    def kept() -> set[str]:
-        return {path for path in ("", "0", "1") if path in calls._runs}
-
-    find(model, "0.0.weight", 0, x).resize(7)
-    find(model, "1.0.weight", 0, x).resize(7)
-    assert kept() == {"0", "1"}
-    find(model, "0.2.weight", 0, x).resize(4)
-    assert kept() == {""}
-    find(model, "1.0.weight", 0, x).resize(8)
-    assert kept() == {"1"}
-
-
 def test_one_edit_after_another_is_found_as_on_a_fresh_model():
     """What is kept of an edit serves the next one, wherever that is."""
     case = MODELS["resnet_bottleneck"]
