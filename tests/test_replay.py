@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from esper_elastic.surgery.journal import journal
 from surgery_net import gives, images, net, surgeon
 from torch import nn
 
 import esper_elastic as ee
+from esper_elastic.surgery.journal import journal
 
 
 def _words(item: tuple[str, nn.Module]) -> tuple[str, str]:
