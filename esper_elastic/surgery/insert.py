@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..control import Axis
 from ..errors import SurgeryError, TopologyError
 from .edit import Edit, fake_shape
 from .edited import edits_of, gate_name
+from .joining import active_shape, axis_beyond, follow, widen_identity
 from .specs import LayerSpec
 from .undo import added, save_objects, save_values
 
 _SIDES = ("before", "after")
+
+_IDENTITY = "starts as the identity"
 
 #: Layers that keep the function of a network in evaluation as they are.
 NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -29,6 +33,7 @@ def add_layer(edit: Edit, position: str, layer: nn.Module | LayerSpec) -> None:
     like = edit.like(host)
     save_objects(made)
     made.to(**like)
+    axis = axis_beyond(edit, path, "in" if side == "before" else "out")
     edits = edits_of(host, path)
     name = edits.free_name(side)
     full = f"{path}.edits.{name}"
@@ -36,8 +41,11 @@ def add_layer(edit: Edit, position: str, layer: nn.Module | LayerSpec) -> None:
     place.insert(0 if side == "before" else len(place), name)
 
     shape = edit.shape_in(path) if side == "before" else edit.shape_out(path)
+    if shape is not None:
+        shape = active_shape(shape, channel_axis(made, len(shape)), axis)
     have, want = _channel_change(made, shape, host, side, like)
     if have != want:
+        _require_plain_place(made, have, want, axis)
         edits._modules[name] = _square(made, have, shape).to(**like)  # what depends on it depends on the layer
         edit.touch(path)
         edit.resize(f"{full}.weight", 0, want)
@@ -46,18 +54,29 @@ def add_layer(edit: Edit, position: str, layer: nn.Module | LayerSpec) -> None:
     kept = "weights as given"
     if edit.preserve and not isinstance(made, NEUTRAL):
         if make_identity(made):
-            kept = "starts as the identity"
+            kept = _IDENTITY
         elif _gateable(made, shape, have, want, like):
             edits.register_parameter(gate_name(name), nn.Parameter(torch.zeros((), **like)))
             kept = "added to its input through a gate that starts at zero"
         else:
             kept = "cannot start as the identity: it changes the resolution"
             edit.details["function_kept"] = False
+    follow(made, axis, axis)
+    if kept == _IDENTITY:
+        widen_identity(made)
     near = edit.neighbour(host)
     for parameter in (*made.parameters(), *(p for p in [edits._parameters.get(gate_name(name))] if p is not None)):
         added(parameter, near)
     edit.touch(path)
     edit.done(full, f"insert {type(made).__name__} {side} {path}; {kept}")
+
+
+def _require_plain_place(layer: nn.Module, have: int, want: int, axis: Axis | None) -> None:
+    if axis is not None:
+        raise TopologyError(
+            f"layer: {type(layer).__name__} takes {have} channels and gives {want}, where {axis!r} runs: in an elastic model a new layer "
+            "gives as many as it takes, and follows that dim. Insert one that does, and grow the dim."
+        )
 
 
 def parse_position(position: Any) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..convert.restore import plain_modules
 from ..errors import ElasticError, SurgeryError
+from . import joining
 from .edit import Edit
 from .insert import add_layer
 from .journal import FORMAT, describe, layer_of, record
@@ -234,14 +235,14 @@ class ModelSurgeon:
         layer = arguments.get("layer")
         spare = [copy.deepcopy(layer) if isinstance(layer, nn.Module) else layer for _ in averages]
         state = torch.get_rng_state() if averages else None
-        _BODIES[operation](edit, arguments)
+        _perform(operation, edit, arguments)
         for twin, own in zip(averages, spare, strict=True):
             after = torch.get_rng_state()
             assert state is not None
             torch.set_rng_state(state)
             same = Edit(twin, self.example_inputs, preserve=edit.preserve, repeats=edit.to_journal())
             known = {name for name, _ in twin.named_parameters()}
-            _BODIES[operation](same, {**arguments, "layer": own})
+            _perform(operation, same, {**arguments, "layer": own})
             born = dict(edit.model.named_parameters())
             with torch.no_grad():
                 for name, parameter in twin.named_parameters():
@@ -257,6 +258,12 @@ _BODIES: dict[str, Callable[[Edit, Mapping[str, Any]], None]] = {
     "add_skip_connection": lambda edit, given: add_skip_connection(edit, given["from_layer"], given["to_layer"]),
     "remove_skip_connection": lambda edit, given: remove_skip_connection(edit, given["name"]),
 }
+
+
+def _perform(operation: str, edit: Edit, arguments: Mapping[str, Any]) -> None:
+    joining.begin(edit)
+    _BODIES[operation](edit, arguments)
+    joining.settle(edit)
 
 
 def _entry(operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
