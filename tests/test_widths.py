@@ -184,8 +184,9 @@ def test_newborn_units_begin_as_their_modules_do():
 
 def test_a_generator_draws_the_same_twice_and_leaves_torch_alone():
     made = []
-    for _ in range(2):
+    for seed in (1, 2):
         model = net()
+        torch.manual_seed(seed)
         state = torch.get_rng_state()
         find(model, "conv.weight", 0, image()).resize(9, generator=torch.Generator().manual_seed(5))
         assert torch.equal(torch.get_rng_state(), state)
@@ -585,6 +586,25 @@ def test_a_size_that_leaves_a_module_as_a_number_is_seen():
     coupled = find(Telling(), "inside.first.weight", 0, torch.randn(2, 3))
     assert coupled.scope == ""
     assert coupled.mixed.startswith("code computes a number from its size")
+
+
+class Counter(nn.Module):
+    """Code that writes to a tensor which is neither parameter nor buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.seen = nn.Linear(3, 6), nn.Linear(6, 2), torch.zeros(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(1)
+        return self.last(self.first(x))
+
+
+def test_runs_write_to_no_tensor_that_a_module_keeps():
+    model = Counter()
+    find(model, "first.weight", 0, torch.randn(2, 3)).resize(8)
+    assert not model.seen.any()
+    assert model.first.out_features == 8
 
 
 class Twice(nn.Module):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.nn.modules import module as module_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
@@ -231,7 +231,7 @@ def run(
     shapes = shapes or {}
     fake: Any = contextlib.nullcontext() if example.fake is None else example.fake
     with fake:
-        recorder = _Recorder(model, observer, example.fake is not None)
+        recorder = _Recorder(model, observer)
         stand_ins: dict[int, Tensor] = {}
         named: dict[int, str] = {}
         for name, _, _, tensor in owned_tensors(model):
@@ -245,6 +245,7 @@ def run(
     with (
         quiet(),
         as_it_was(model),
+        recorder.writing_nothing(),
         recorder.watching(),
         torch.set_grad_enabled(grad),
         fake,
@@ -314,12 +315,12 @@ def in_mode(model: nn.Module, training: bool | None) -> contextlib.ExitStack:
 class _Recorder(TorchDispatchMode):
     """Writes down each op as it runs."""
 
-    def __init__(self, model: nn.Module, observer: Any, fake: bool) -> None:
+    def __init__(self, model: nn.Module, observer: Any) -> None:
         super().__init__()
         self.run = Run([], [], [], [], {}, [])
         self.observer = observer
-        self.fake = fake
         self.known: dict[int, Value] = {}  # by identity
+        self.saved: dict[int, tuple[Tensor, Tensor]] = {}  # by identity, a tensor and what it held
         self.kept: list[Tensor] = []  # a tensor that dies could give its identity to another
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.call = Call("", model, -1, 0, [], None)
@@ -365,8 +366,8 @@ class _Recorder(TorchDispatchMode):
             with self:  # without autograd, which takes composite functions apart, they come here whole
                 return func.decompose(*args, **kwargs)
         call, line = self.call, _line()
-        if not self.fake:
-            self._keep_real_tensors(func, args, kwargs)
+        if func._schema.is_mutable:
+            self._save_real_tensors(args, kwargs)
         before, options = self.abstract(args), self.abstract(kwargs)
         result = _batch_norm(func, args) or func(*args, **kwargs)
         outputs = []
@@ -381,12 +382,22 @@ class _Recorder(TorchDispatchMode):
             self.observer(node)
         return result
 
-    def _keep_real_tensors(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Refuse to write to a tensor that was there before the run: without a fake mode the op would do so."""
-        if func._schema.is_mutable:
-            for tensor in tensors_in((args, kwargs)):
-                if not tensor.is_meta and id(tensor) not in self.known:
-                    raise RuntimeError(f"{func} could write to a tensor that is neither parameter nor buffer")
+    def _save_real_tensors(self, args: Any, kwargs: Any) -> None:
+        """Note what tensors that are neither parameters nor buffers hold before an op that may write to them, which no mode prevents."""
+        for tensor in tensors_in((args, kwargs)):
+            if not (isinstance(tensor, FakeTensor) or tensor.is_meta or id(tensor) in self.saved):
+                with _disable_current_modes():
+                    self.saved[id(tensor)] = tensor, tensor.detach().clone()
+
+    @contextlib.contextmanager
+    def writing_nothing(self) -> Iterator[None]:
+        """Let real tensors hold at the end what they hold now."""
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, content in self.saved.values():
+                    tensor.copy_(content)
 
     # Modules
 
