@@ -104,6 +104,31 @@ def test_any_layer_can_widen_what_follows() -> None:
     assert_trains(model, x)
 
 
+class Gated(nn.Module):
+    """Takes the channels of one layer in two halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 300)
+        self.outer = nn.Linear(150, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.inner(x).chunk(2, dim=-1)
+        return self.outer(value * torch.sigmoid(gate))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_more_channels_where_code_takes_them_in_parts(dtype: torch.dtype) -> None:
+    """The identity passes on each unit to where its part goes on."""
+    model, x = Gated().to(dtype), torch.randn(3, 6, dtype=dtype)
+    before = gives(model, x)
+    assert ee.ModelSurgeon(x).add_layer(model, "after_inner", nn.Linear(300, 310))
+    assert difference(model, before, x) <= (EXACT if dtype is torch.float64 else 0.05) and model.outer.in_features == 155
+    refused(ee.ModelSurgeon(x).add_layer(model, "after_inner", nn.Sequential(nn.Linear(310, 320), nn.ReLU())), "in several parts")
+    assert ee.ModelSurgeon(x).add_layer(model, "after_inner", nn.Sequential(nn.Linear(310, 320), nn.ReLU()), preserve=False)
+    gives(model, x)
+
+
 def test_fewer_channels_are_done_and_told() -> None:
     model, x = net(), images(2)
     result = surgeon().add_layer(model, "after_conv2", nn.Conv2d(12, 6, 1))

@@ -320,7 +320,8 @@ class _Recorder(TorchDispatchMode):
         self.run = Run([], [], [], [], {}, [])
         self.observer = observer
         self.known: dict[int, Value] = {}  # by identity
-        self.saved: dict[int, tuple[Tensor, Tensor]] = {}  # by identity, a tensor and what it held
+        self.saved: dict[int, Tensor] = {}
+        self.end = contextlib.ExitStack()
         self.kept: list[Tensor] = []  # a tensor that dies could give its identity to another
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.call = Call("", model, -1, 0, [], None)
@@ -386,18 +387,14 @@ class _Recorder(TorchDispatchMode):
         """Note what tensors that are neither parameters nor buffers hold before an op that may write to them, which no mode prevents."""
         for tensor in tensors_in((args, kwargs)):
             if not (isinstance(tensor, FakeTensor) or tensor.is_meta or id(tensor) in self.saved):
-                with _disable_current_modes():
-                    self.saved[id(tensor)] = tensor, tensor.detach().clone()
+                with torch._C._DisableTorchDispatch():
+                    part = tensor.detach()
+                    self.end.callback(part.copy_, part.clone())
+                    self.saved[id(tensor)] = tensor
 
-    @contextlib.contextmanager
-    def writing_nothing(self) -> Iterator[None]:
+    def writing_nothing(self) -> contextlib.ExitStack:
         """Let real tensors hold at the end what they hold now."""
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for tensor, content in self.saved.values():
-                    tensor.copy_(content)
+        return self.end
 
     # Modules
 
