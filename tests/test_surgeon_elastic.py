@@ -1,6 +1,7 @@
 """The surgeon on elastic models: what it brings in follows the dims, in both layouts, and what sleeps neither leaks nor changes."""
 
 import copy
+import functools
 import re
 
 import pytest
@@ -23,6 +24,12 @@ EXACT = 1e-12
 
 def case_of(name):
     """An elastic model in evaluation, and its inputs."""
+    model, inputs = _made(name)
+    return copy.deepcopy(model), inputs
+
+
+@functools.cache
+def _made(name):
     if name == "net":
         return ee.elasticize(plain_net(), images(), capacity=1.5).eval(), images(2)
     model, inputs = case_of_zoo(name)
@@ -212,7 +219,6 @@ def test_an_edited_model_follows_its_dims(name, edit):
     for which in ("least", "most", "mixed"):
         ee.resize(model, spread(model, which))
         close(gives(ee.export(model), inputs), gives(model, inputs), which)
-    poison(copy.deepcopy(model))
     other = poison(copy.deepcopy(model))
     assert torch.equal(gives(other, inputs), gives(model, inputs))
     ee.resize(model, present)
@@ -258,19 +264,13 @@ def test_training_goes_on(name, edit, kind):
         if key not in now:
             continue
         assert now[key] is parameter
-        for kept, state_now in ((value, parameter), *((state[each], optimizer.state[parameter][each]) for each in state)):
-            if kept.shape == value.shape and kept.shape == state_now.shape and value.dim():
-                changed = (kept != state_now) & ~(kept.isnan() & state_now.isnan())
-                assert not changed.any() or "grown" in str(key) or _newborn_alone(changed, parameter, kept), key
+        for kept, present in ((value, parameter), *((state[each], optimizer.state[parameter][each]) for each in state)):
+            if kept.shape == present.shape:
+                assert ((kept == present) | kept.isnan()).all(), f"{key}: what was awake has changed"
     train(model.train(), optimizer, inputs)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}
     assert gives(model.eval(), inputs).isfinite().all()
-
-
-def _newborn_alone(changed, parameter, kept):
-    """Whether what has changed was asleep before, and so was poisoned."""
-    return bool(kept[changed].isnan().all()) or not parameter.isnan().all()
 
 
 @table(EDITS)
@@ -279,8 +279,8 @@ def test_a_rollback_leaves_no_trace(name, edit):
     optimizer, other = optimizer_of("ours", model), optimizer_of("ours", twin)
     for each, its in ((model, optimizer), (twin, other)):
         train(each.train(), its, inputs)
-        ee.resize(each, spread(each, "mixed") if name == "none" else widths(each))
         each.eval()
+    ee.dims(model)
     before = fingerprint(model, optimizer)
     with pytest.raises(ZeroDivisionError), ee.transaction(model, optimizer, validate=False):
         assert edit(hand(inputs), model)
@@ -289,7 +289,7 @@ def test_a_rollback_leaves_no_trace(name, edit):
     assert torch.equal(train(model.train(), optimizer, inputs), train(twin.train(), other, inputs))
 
 
-@table(EDITS)
+@table({key: case for key, case in EDITS.items() if case[0] in ("net", "residual")})
 def test_a_plan_leaves_no_trace(name, edit):
     model, inputs = case_of(name)
     if edit.__name__ == "edit" and edit.__closure__ and any(isinstance(cell.cell_contents, tuple) for cell in edit.__closure__):
@@ -381,7 +381,7 @@ def test_what_comes_into_a_switched_block_is_under_its_switch():
         ("net", modify("stages.1", groups=2), "groups: in an elastic layer the number of groups follows a dim"),
         ("net", modify("fc2", out_features=7), "its width is fixed at 6"),
         ("net", modify("stages.0", out_channels=13), "expected a multiple of 3, as many as one unit"),
-        ("vit", modify("blocks.0.norm1", normalized_shape=30), "30|whole"),
+        ("vit", modify("blocks.0.norm1", normalized_shape=30), "mixes all its units, so newborn ones change its output"),
         ("residual", modify("mixed", in_channels=12), "it is made of several dims side by side"),
     ],
 )
