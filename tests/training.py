@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -169,9 +171,7 @@ class Scene:
         case = CASES[name.removeprefix("elastic_")]
         is_elastic = name.startswith("elastic_")
         self.inputs: Inputs = inputs_of(case, torch.float32)
-        self.model = built(case, torch.float32)
-        if is_elastic:
-            ee.elasticize(self.model, self.inputs, capacity=1.25)
+        self.model = copy.deepcopy(_elastic(case)) if is_elastic else built(case, torch.float32)
         modules = [module for module in self.model.modules() if module is not self.model]
         modules[1].register_forward_hook(_pass)
         modules[-1].register_forward_pre_hook(_look)
@@ -240,6 +240,11 @@ class Scene:
 
 def _digests(values: Any) -> dict[str, Any]:
     return {name: (value.shape, digest(value)) if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+@functools.cache
+def _elastic(case: Case) -> nn.Module:
+    return ee.elasticize(built(case, torch.float32), inputs_of(case, torch.float32), capacity=1.25)
 
 
 def _pass(module: nn.Module, args: Any, output: Any) -> None: ...
