@@ -22,7 +22,7 @@ from training import ALONE, EDITS, Edit, Scene
 import esper_elastic as ee
 from esper_elastic.layers.state import JOURNAL, call_under_way
 from esper_elastic.surgery import undo
-from esper_elastic.surgery.edited import Edits
+from esper_elastic.surgery.edits.edited import Edits
 
 FAMILIES = [name for name in EDITS if name != "tiny"]
 

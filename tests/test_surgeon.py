@@ -10,8 +10,8 @@ from surgery_net import difference, gives, images, net, surgeon
 from torch import Tensor, nn
 
 import esper_elastic as ee
-from esper_elastic.surgery.edited import Edited
-from esper_elastic.surgery.skip import Skip
+from esper_elastic.surgery.edits.edited import Edited
+from esper_elastic.surgery.edits.skip import Skip
 
 EXACT = 1e-12
 

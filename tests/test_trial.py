@@ -14,12 +14,12 @@ from zoo import AWKWARD, BIG, MODELS, Case
 
 import esper_elastic as ee
 from esper_elastic.errors import SurgeryError
-from esper_elastic.surgery import recording, shapes, trial
-from esper_elastic.surgery.inputs import known_inputs
-from esper_elastic.surgery.memory import memory_of, stamp_of
-from esper_elastic.surgery.recording import attempt
-from esper_elastic.surgery.trial import Calls, TensorSpec, calls_of, record, smallest_closed
-from esper_elastic.surgery.trial import trial as try_part
+from esper_elastic.surgery.trial import recording, shapes, trial
+from esper_elastic.surgery.trial.inputs import known_inputs
+from esper_elastic.surgery.trial.memory import memory_of, stamp_of
+from esper_elastic.surgery.trial.recording import attempt
+from esper_elastic.surgery.trial.trial import Calls, TensorSpec, calls_of, record, smallest_closed
+from esper_elastic.surgery.trial.trial import trial as try_part
 
 ALL = MODELS | AWKWARD
 

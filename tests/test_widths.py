@@ -21,9 +21,10 @@ from zoo import AWKWARD, MODELS, call
 
 from esper_elastic.convert import trace, verify
 from esper_elastic.errors import TopologyError
-from esper_elastic.surgery import alone, undo
-from esper_elastic.surgery.tensors import replace_storage
-from esper_elastic.surgery.widths import Coupled, find
+from esper_elastic.surgery import undo
+from esper_elastic.surgery.widths import alone
+from esper_elastic.surgery.widths.tensors import replace_storage
+from esper_elastic.surgery.widths.widths import Coupled, find
 
 ROUNDING = 1e-12
 

@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 from ..convert.restore import generators_kept
 from ..convert.trace import tensors_in
 from ..layers import registry
-from .calls import Calls
-from .inputs import Inputs
-from .recording import attempt, eager, with_autograd
-from .twins import Twins
+from .trial.calls import Calls
+from .trial.inputs import Inputs
+from .trial.recording import attempt, eager, with_autograd
+from .trial.twins import Twins
 
 VANISHED = 1e-12  # of the median layer's norm
 EXPLODED = 1e6

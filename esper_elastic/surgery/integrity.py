@@ -16,9 +16,9 @@ from torch.nn.modules import batchnorm, conv
 
 from ..layers import ElasticLayer, registry
 from ..layers.state import ROOT_KEY
-from .calls import Calls
-from .memory import Memory
-from .twins import Twins
+from .trial.calls import Calls
+from .trial.memory import Memory
+from .trial.twins import Twins
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)

@@ -21,8 +21,8 @@ from torch import nn
 from ..convert import PLAN
 from ..errors import SurgeryError
 from ..layers.state import JOURNAL, ROOT_KEY, Journal, as_text, journal_of, read_content, unwrapped
-from .specs import LayerSpec, items_of, shown
-from .values import Flag, Json, Text, Unfit, Values
+from .specs.specs import LayerSpec, items_of, shown
+from .specs.values import Flag, Json, Text, Unfit, Values
 
 FORMAT = 1
 #: Edits in a journal that is read.

@@ -14,16 +14,16 @@ from torch import nn
 
 from ..convert.restore import plain_modules
 from ..errors import ElasticError, SurgeryError
-from . import joining
-from .edit import Edit
-from .insert import add_layer
+from .edits import joining
+from .edits.edit import Edit
+from .edits.insert import add_layer
+from .edits.modify import modify_layer
+from .edits.remove import remove_layer
+from .edits.skip import add_skip_connection, remove_skip_connection
 from .journal import FORMAT, describe, layer_of, record
-from .modify import modify_layer
-from .remove import remove_layer
-from .skip import add_skip_connection, remove_skip_connection
-from .specs import LayerSpec
+from .specs.specs import LayerSpec
 from .transaction import transaction, twins
-from .twins import unwrapped
+from .trial.twins import unwrapped
 
 _Body = Callable[[Edit], None]
 

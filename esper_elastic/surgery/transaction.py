@@ -21,7 +21,7 @@ from ..errors import TransactionError
 from ..model import forgetting
 from .following import Following, join_waiting
 from .surroundings import hooks_of_all_modules, surroundings
-from .twins import unwrapped
+from .trial.twins import unwrapped
 from .undo import UndoLog, Write, open_here, open_transactions
 from .validators import SurgeryValidator
 

@@ -87,7 +87,7 @@ def added(parameter: Tensor, near: Tensor | None = None) -> None:
     Args:
         parameter: joins an optimizer group.
         near: the parameter whose group that is; ``None`` for the group that holds most of the model's parameters. Nothing is joined near a
-            parameter of a twin (:func:`esper_elastic.surgery.twins`).
+            parameter of a twin (:func:`esper_elastic.surgery.trial.twins`).
     """
     for each in open_here()[-1:]:
         each.added(parameter, near)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert import example_of
-from ..convert.trace import Example
-from ..errors import ConversionError, SurgeryError
+from ...convert import example_of
+from ...convert.trace import Example
+from ...errors import ConversionError, SurgeryError
 from .memory import Derived, memory_of, stamp_of
 from .recording import attempt
 from .twins import unwrapped

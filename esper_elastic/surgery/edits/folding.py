@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert.trace import Call, Run
-from .tensors import replace_storage
-from .undo import added, rewritten, save_values
+from ...convert.trace import Call, Run
+from ..undo import added, rewritten, save_values
+from ..widths.tensors import replace_storage
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import followers
-from ..control import Axis, ControlBlock, DerivedAxis, ElasticDim
-from ..convert.dynamic import become_layer, elastic_class
-from ..convert.forms import LAYERS
-from ..errors import SurgeryError, TopologyError
-from ..layers import ElasticLayer, ElasticView, Switchable
-from ..layers.base import write_active
-from ..layers.units import distinct, places
-from ..layers.view import Size
-from ..model import put_in_layout
+from ... import followers
+from ...control import Axis, ControlBlock, DerivedAxis, ElasticDim
+from ...convert.dynamic import become_layer, elastic_class
+from ...convert.forms import LAYERS
+from ...errors import SurgeryError, TopologyError
+from ...layers import ElasticLayer, ElasticView, Switchable
+from ...layers.base import write_active
+from ...layers.units import distinct, places
+from ...layers.view import Size
+from ...model import put_in_layout
+from ..undo import added, removed, save_objects, save_values
+from ..widths.tensors import replace_storage, zeros
 from .capacity import reallocate
-from .tensors import replace_storage, zeros
-from .undo import added, removed, save_objects, save_values
 
 _FIXED = "nothing else in the model would follow it"
 

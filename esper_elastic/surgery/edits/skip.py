@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import TopologyError
+from ...errors import TopologyError
+from ..undo import added, removed
 from .edit import Edit
 from .edited import Carrier, Edits, edits_of, release
 from .insert import channel_axis, declared
 from .joining import active_shape, axis_beyond, follow, same, silence
-from .undo import added, removed
 
 
 class Skip(nn.Module):

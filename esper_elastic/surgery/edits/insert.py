@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..control import Axis
-from ..errors import SurgeryError, TopologyError
+from ...control import Axis
+from ...errors import SurgeryError, TopologyError
+from ..specs.specs import LayerSpec
+from ..undo import added, save_objects, save_values
 from .edit import Edit, fake_shape
 from .edited import edits_of, gate_name
 from .joining import active_shape, axis_beyond, follow, widen_identity
-from .specs import LayerSpec
-from .undo import added, save_objects, save_values
 
 _SIDES = ("before", "after")
 

@@ -12,16 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ..convert.arguments import nearest
-from ..convert.trace import Example, Run, quiet, run
-from ..errors import ConversionError, TopologyError
-from ..layers import ElasticLayer
-from . import widths
-from .calls import Calls, CallSpec, TensorSpec
+from ...convert.arguments import nearest
+from ...convert.trace import Example, Run, quiet, run
+from ...errors import ConversionError, TopologyError
+from ...layers import ElasticLayer
+from ..examples import from_data, to_data
+from ..trial.calls import Calls, CallSpec, TensorSpec
+from ..trial.inputs import known_inputs
+from ..trial.trial import calls_of, smallest_closed
+from ..widths import widths
 from .edited import EDITS, Edits
-from .examples import from_data, to_data
-from .inputs import known_inputs
-from .trial import calls_of, smallest_closed
 
 
 class Edit:

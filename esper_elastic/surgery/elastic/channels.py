@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import nn
 
-from .. import layers
-from ..control import Axis, ElasticDim, concat
-from ..convert import example_of
-from ..convert.axes import Axes
-from ..convert.structure import Atom, Concat, Structure, forget_history, fresh, resolve, size
-from ..convert.structure import concat as joined
-from ..convert.trace import Call, Example, Run, Value, owned_tensors, run
-from ..errors import ConversionError
-from ..layers import ElasticLayer, ElasticView
+from ... import layers
+from ...control import Axis, ElasticDim, concat
+from ...convert import example_of
+from ...convert.axes import Axes
+from ...convert.structure import Atom, Concat, Structure, forget_history, fresh, resolve, size
+from ...convert.structure import concat as joined
+from ...convert.trace import Call, Example, Run, Value, owned_tensors, run
+from ...errors import ConversionError
+from ...layers import ElasticLayer, ElasticView
 
 _NORMS_OF_LAST = (layers.ElasticLayerNorm, layers.ElasticRMSNorm)
 _NORMS_OF_CHANNELS = (layers.ElasticBatchNorm1d, layers.ElasticBatchNorm2d, layers.ElasticGroupNorm)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert.arguments import nearest
-from ..errors import SurgeryError, TopologyError
-from ..layers import ElasticLayer
+from ...convert.arguments import nearest
+from ...errors import SurgeryError, TopologyError
+from ...layers import ElasticLayer
+from ..elastic.elastic import add_bias, drop_bias, grow_units, require_plain_groups, set_kernel
+from ..specs.specs import LayerSpec
+from ..undo import added, removed
+from ..widths.tensors import replace_storage
 from .edit import Edit
-from .elastic import add_bias, drop_bias, grow_units, require_plain_groups, set_kernel
-from .specs import LayerSpec
-from .tensors import replace_storage
-from .undo import added, removed
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

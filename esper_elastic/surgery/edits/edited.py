@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TopologyError
+from ...errors import TopologyError
 
 #: The name of the child that holds what was inserted at a module.
 EDITS = "edits"

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..control import Axis
-from ..convert.restore import as_it_was
-from ..errors import TopologyError
+from ...control import Axis
+from ...convert.restore import as_it_was
+from ...errors import TopologyError
+from ..elastic.elastic import let_go
+from ..trial.calls import TensorSpec
+from ..undo import added, removed
 from .bridges import Pass, Projection
-from .calls import TensorSpec
 from .edit import Edit
 from .edited import EDITS, Edits, edits_of, first_tensor, gate_name, release, set_removed
-from .elastic import let_go
 from .folding import fold, foldable, neighbours
 from .insert import NEUTRAL, channel_axis, declared
 from .joining import active_part, active_shape, axis_of, follow, same
 from .skip import Skip, drop_skip
-from .undo import added, removed
 
 #: What a layer's input and output run along.
 _Axes = tuple[Axis | None, Axis | None]

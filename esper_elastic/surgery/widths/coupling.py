@@ -13,16 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..convert.axes import Axes, short
-from ..convert.comparison import Mismatch
-from ..convert.planner import keep_recurrent
-from ..convert.restore import plain_modules
-from ..convert.structure import Atom, Concat, Structure, atoms, measure, resolve, size, stiffen
-from ..convert.trace import Example, Node, Run, Value, owned_tensors
-from ..convert.verify import Mode, Place, Verification
-from ..errors import ConversionError
+from ...convert.axes import Axes, short
+from ...convert.comparison import Mismatch
+from ...convert.planner import keep_recurrent
+from ...convert.restore import plain_modules
+from ...convert.structure import Atom, Concat, Structure, atoms, measure, resolve, size, stiffen
+from ...convert.trace import Example, Node, Run, Value, owned_tensors
+from ...convert.verify import Mode, Place, Verification
+from ...errors import ConversionError
+from ..trial.calls import Calls
 from .alone import Alone, Arguments, arguments_of, own_paths
-from .calls import Calls
 
 
 class Refused(Exception):

@@ -26,9 +26,9 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..convert.restore import generators_kept
-from ..convert.trace import quiet, tensors_in
-from ..errors import SurgeryError
+from ...convert.restore import generators_kept
+from ...convert.trace import quiet, tensors_in
+from ...errors import SurgeryError
 from .calls import PLAIN, Calls, CallSpec, Failure, TensorSpec, spec_of, specs_of
 from .shapes import RULES, SAME_TYPE, fake_tensor, require_same_type
 from .twins import Twins, unwrapped

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..control import Axis, DerivedAxis, ElasticDim, exact_int, keep_for_graphs, segments_at, set_capacity
-from ..convert import PLAN
-from ..errors import SurgeryError, TopologyError
-from ..layers import ElasticLayer
-from ..layers.units import blocks, places
-from .tensors import replace_storage, zeros
+from ...control import Axis, DerivedAxis, ElasticDim, exact_int, keep_for_graphs, segments_at, set_capacity
+from ...convert import PLAN
+from ...errors import SurgeryError, TopologyError
+from ...layers import ElasticLayer
+from ...layers.units import blocks, places
+from ..widths.tensors import replace_storage, zeros
 
 #: What of an axis stays: ``(start before, start afterwards, length)`` of each stretch.
 Moves = tuple[tuple[int, int, int], ...]

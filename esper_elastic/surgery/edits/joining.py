@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..control import Axis
-from ..errors import SurgeryError, TopologyError
-from ..layers import ElasticLayer, ElasticView, Switchable
-from ..model import control_block, dims, resize
-from ..ops.reference import active_slice
-from .channels import axes_at
+from ...control import Axis
+from ...errors import SurgeryError, TopologyError
+from ...layers import ElasticLayer, ElasticView, Switchable
+from ...model import control_block, dims, resize
+from ...ops.reference import active_slice
+from ..elastic.channels import axes_at
+from ..elastic.elastic import govern, make_elastic
+from ..undo import save_values
 from .edit import Edit
 from .edited import EDITS, Carrier, Edits
-from .elastic import govern, make_elastic
-from .undo import save_values
 
 
 def begin(edit: Edit) -> None:
