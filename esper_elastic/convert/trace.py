@@ -244,6 +244,7 @@ def run(
     functions = _Functions(recorder)  # also without an observer: modules that ask for such a mode take another path in one
     with (
         quiet(),
+        eager(),
         as_it_was(model),
         recorder.watching(),
         torch.set_grad_enabled(grad),
@@ -286,6 +287,16 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.disabled = was
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Have functions that are compiled run as written."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _swap(model: nn.Module, stand_ins: dict[int, Tensor], attributes: Mapping[tuple[nn.Module, str], Any]) -> None:

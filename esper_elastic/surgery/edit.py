@@ -17,6 +17,7 @@ from ..convert.trace import Example, Run, quiet, run
 from ..errors import ConversionError, TopologyError
 from . import widths
 from .calls import Calls, CallSpec, TensorSpec
+from .compiled import plain_path
 from .edited import EDITS, Edits
 from .examples import from_data, to_data
 from .inputs import known_inputs
@@ -58,6 +59,12 @@ class Edit:
     def paths(self) -> dict[str, nn.Module]:
         """Every module under each of its names, as they were when the edit began."""
         return dict(self.model.named_modules(remove_duplicate=False))
+
+    def registered(self, path: str) -> str:
+        """The path of a module as it is registered: with the names of wrappers of ``torch.compile``, where it was given without."""
+        if path in self.paths:
+            return path
+        return {plain_path(known): known for known in self.paths}.get(plain_path(path), path)
 
     def module(self, path: str) -> nn.Module:
         """The module of a path.

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..convert.trace import tensors_in
+from ..convert.trace import eager, tensors_in
 from ..layers import registry
 from .calls import Calls
 from .inputs import Inputs
-from .recording import attempt, eager, generators_kept
+from .recording import attempt, generators_kept
 from .twins import Twins
 
 VANISHED = 1e-12  # of the median layer's norm

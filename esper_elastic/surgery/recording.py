@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..convert.trace import quiet, tensors_in
+from ..convert.trace import eager, quiet, tensors_in
 from ..errors import SurgeryError
 from .calls import PLAIN, Calls, CallSpec, Failure, TensorSpec, spec_of, specs_of
 from .shapes import RULES, SAME_TYPE, fake_tensor, require_same_type
@@ -375,16 +375,6 @@ def generators_kept() -> Iterator[None]:
         random.setstate(python)
         if numpy is not None:
             numpy.random.set_state(drawn)
-
-
-@contextlib.contextmanager
-def eager() -> Iterator[None]:
-    """Have functions that are compiled run as written."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _line_of(error: BaseException) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ElasticError, SurgeryError
+from .compiled import forget_compiled, plain_path
 from .edit import Edit
 from .insert import add_layer
 from .journal import FORMAT, describe, layer_of, record
@@ -201,7 +201,8 @@ class ModelSurgeon:
         try:
             root = root_of(model)
             edit = self._make_edit(root, arguments, repeats)
-            entry = _entry(operation, arguments)
+            entry = _entry(operation, _named(arguments, plain_path))
+            arguments = _named(arguments, edit.registered)
             with transaction(root, validate=False):
                 self._carry_out(operation, edit, arguments)
                 edit.try_out()
@@ -209,8 +210,8 @@ class ModelSurgeon:
                 edit.details.setdefault("function_kept", bool(arguments.get("preserve", True)))
                 if planned:
                     raise _Planned
-                record(root, entry | {"name": edit.name, "details": edit.to_journal()})
-                _forget_compiled(model, root)
+                record(root, entry | {"name": plain_path(edit.name), "details": edit.to_journal()})
+                forget_compiled(root)
         except _Planned:
             pass
         except ElasticError as refused:
@@ -256,6 +257,18 @@ def _entry(operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "operation": operation, "arguments": {**arguments, **described}}
 
 
+def _named(arguments: Mapping[str, Any], name: Callable[[str], str]) -> dict[str, Any]:
+    """Arguments with other names for the modules among them."""
+    made = dict(arguments)
+    for key in ("layer_name", "from_layer", "to_layer", "name"):
+        if isinstance(made.get(key), str):
+            made[key] = name(made[key])
+    if isinstance(made.get("position"), str):
+        side, underscore, path = made["position"].partition("_")
+        made["position"] = f"{side}{underscore}{name(path)}"
+    return made
+
+
 def root_of(model: nn.Module) -> nn.Module:
     """The model itself, where a compiled one is given.
 
@@ -266,16 +279,3 @@ def root_of(model: nn.Module) -> nn.Module:
         raise SurgeryError(f"model: expected an nn.Module, got {type(model).__name__}.")
     inner = model._modules.get("_orig_mod")
     return inner if inner is not None and type(model).__name__ == "OptimizedModule" else model
-
-
-def _forget_compiled(model: nn.Module, root: nn.Module) -> None:
-    """Let what was compiled of a model be compiled anew at its next call: old versions would count against torch's limit of them."""
-    frames = sys.modules.get("torch._dynamo.eval_frame")
-    if frames is None:
-        return
-    for module in {type(module): module for module in root.modules()}.values():
-        code = getattr(type(module).forward, "__code__", None)
-        if code is not None:
-            frames.reset_code(code)
-    if any(module._compiled_call_impl is not None for module in root.modules()):
-        frames.reset_code(nn.Module._call_impl.__code__)
