@@ -12,7 +12,6 @@ back what it did if it is interrupted. How an optimizer is written is in ``optim
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -31,6 +30,8 @@ from .layers.state import ROOT_KEY, names
 from .model import copy_structure, layout_of, put_in_layout, set_layout
 from .optim import packing
 from .surgery.journal import journal, replay, validated
+from .surgery.transaction import transaction
+from .surgery.undo import save_values
 
 #: The entry of the metadata.
 ENTRY = "esper_elastic"
@@ -108,14 +109,13 @@ def load(
     content, tensors = _read(path, where)
     convert = content["plan"] is not None and not any(isinstance(module, ElasticLayer | Switchable) for module in model.modules())
     if content["journal"] != journal(model):
-        transaction = importlib.import_module("esper_elastic.surgery.transaction").transaction
         with transaction(model, optimizer, validate=False) as opened:
             if convert:
                 _replay([edit for edit in content["journal"] if not edit.get("elastic")], model, modules, where)
                 _apply_plan(content["plan"], model, optimizer, where)
             _replay(content["journal"], model, modules, where)
-            opened._following.settle()  # the optimizer holds what the model does from here on
-            importlib.import_module("esper_elastic.surgery.undo").save_values(*_live_tensors(model, where).values())
+            opened.settle()  # the optimizer holds what the model does from here on
+            save_values(*_live_tensors(model, where).values())
             _load(content, tensors, model, optimizer, False, where)
     else:
         _load(content, tensors, model, optimizer, convert, where)

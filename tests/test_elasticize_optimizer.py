@@ -246,3 +246,18 @@ def test_what_is_no_optimizer_is_refused():
     with pytest.raises(ee.ConversionError, match=r"optimizer: expected a torch\.optim\.Optimizer, got list"):
         ee.elasticize(model, pictures(), optimizer=[1])
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("width", [4, 5])
+def test_counts_of_updates_follow_whatever_their_length(width):
+    """The counts of a bias of four, updated once, take four numbers themselves."""
+    model = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))
+    optimizer = ee.optim.AdamW(model.parameters())
+    model(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    ee.elasticize(model, torch.randn(2, 3), capacity=2.0, optimizer=optimizer)
+    assert optimizer.step_counts(model[0].bias).tolist() == [1] * width + [0] * width
+    assert optimizer.step_counts(model[2].weight).tolist() == [[1] * width + [0] * width] * 2
+    model(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    assert optimizer.step_counts(model[0].bias).tolist() == [2] * width + [0] * width

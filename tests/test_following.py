@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 import esper_elastic as ee
 from esper_elastic.errors import OptimizerError, TransactionError
-from esper_elastic.surgery import transaction, twins
+from esper_elastic.surgery.transaction import transaction, twins
 from esper_elastic.surgery.undo import added, moved, removed
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {

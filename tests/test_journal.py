@@ -24,7 +24,7 @@ import esper_elastic as ee
 from esper_elastic import checkpoint
 from esper_elastic.errors import CheckpointError, StateDictError, SurgeryError
 from esper_elastic.surgery.journal import describe, journal, layer_of, record, replay, validated
-from esper_elastic.surgery.specs import LayerSpec
+from esper_elastic.surgery.specs.specs import LayerSpec
 
 KEY = "_esper_elastic"
 

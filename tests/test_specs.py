@@ -19,10 +19,10 @@ from torch import nn
 
 import esper_elastic as ee
 from esper_elastic.errors import SurgeryError
-from esper_elastic.surgery import specs
-from esper_elastic.surgery.kinds import KINDS
-from esper_elastic.surgery.specs import LayerSpec
-from esper_elastic.surgery.values import AsFloat, Choice, Each, Either, Flag, Integer, Nothing, Number, Spread
+from esper_elastic.surgery.specs import specs
+from esper_elastic.surgery.specs.kinds import KINDS
+from esper_elastic.surgery.specs.specs import LayerSpec
+from esper_elastic.surgery.specs.values import AsFloat, Choice, Each, Either, Flag, Integer, Nothing, Number, Spread
 
 CONV = {"in_channels": 4, "out_channels": 8, "kernel_size": 3}
 

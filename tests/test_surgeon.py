@@ -10,8 +10,8 @@ from surgery_net import difference, gives, images, net, surgeon
 from torch import Tensor, nn
 
 import esper_elastic as ee
-from esper_elastic.surgery.edited import Edited
-from esper_elastic.surgery.skip import Skip
+from esper_elastic.surgery.edits.edited import Edited
+from esper_elastic.surgery.edits.skip import Skip
 
 EXACT = 1e-12
 
@@ -102,6 +102,31 @@ def test_any_layer_can_widen_what_follows() -> None:
     assert result, result
     assert difference(model, before, x) <= EXACT and model.blocks[1].conv1.in_channels == 20
     assert_trains(model, x)
+
+
+class Gated(nn.Module):
+    """Takes the channels of one layer in two halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 300)
+        self.outer = nn.Linear(150, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.inner(x).chunk(2, dim=-1)
+        return self.outer(value * torch.sigmoid(gate))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_more_channels_where_code_takes_them_in_parts(dtype: torch.dtype) -> None:
+    """The identity passes on each unit to where its part goes on."""
+    model, x = Gated().to(dtype), torch.randn(3, 6, dtype=dtype)
+    before = gives(model, x)
+    assert ee.ModelSurgeon(x).add_layer(model, "after_inner", nn.Linear(300, 310))
+    assert difference(model, before, x) <= (EXACT if dtype is torch.float64 else 0.05) and model.outer.in_features == 155
+    refused(ee.ModelSurgeon(x).add_layer(model, "after_inner", nn.Sequential(nn.Linear(310, 320), nn.ReLU())), "in several parts")
+    assert ee.ModelSurgeon(x).add_layer(model, "after_inner", nn.Sequential(nn.Linear(310, 320), nn.ReLU()), preserve=False)
+    gives(model, x)
 
 
 def test_fewer_channels_are_done_and_told() -> None:
@@ -357,6 +382,15 @@ def test_refusals_say_why_and_change_nothing() -> None:
     assert [type(module) for module in model.modules()] == classes
 
 
+def test_a_refused_layer_is_as_it_was_given() -> None:
+    layer = nn.Conv2d(8, 16, 3, padding=2).eval()
+    weight, pointer = layer.weight.detach().clone(), layer.weight.data_ptr()
+    refused(surgeon().add_layer(net(), "after_blocks.0", layer), "does not take")
+    refused(surgeon().add_layer(net(), "after_stages.1", nn.Sequential(nn.Conv2d(16, 8, 1), layer, nn.Flatten())), "the model fails")
+    assert layer.weight.dtype == torch.float32 and torch.equal(layer.weight, weight) and layer.weight.data_ptr() == pointer
+    assert not layer.training and layer.weight.shape == (16, 8, 3, 3)
+
+
 def test_a_module_that_is_called_twice_or_never_is_refused() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -397,3 +431,34 @@ def test_a_plan_touches_nothing_and_tells_everything() -> None:
     ):
         assert made, made
     assert [(id(p), p.shape) for p in model.parameters()] == before
+
+
+@pytest.mark.parametrize("side", [28, 20, 36])
+def test_an_input_is_derived_for_a_classifier_of_another_size(side: int) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * (side // 2) ** 2, 5))
+    x = torch.randn(2, 1, side, side)
+    before = gives(model, x)
+    assert ee.ModelSurgeon().add_layer(model, "after_1", nn.Conv2d(6, 9, 3, padding=1))
+    assert difference(model, before, x) <= 1e-5 and model[4].in_features == 9 * (side // 2) ** 2
+
+
+def test_a_compiled_model_is_edited_within() -> None:
+    model = net()
+    compiled = torch.compile(model, backend="eager")
+    optimizer = torch.optim.AdamW(compiled.parameters())
+    with ee.transaction(compiled, optimizer):
+        assert surgeon().add_layer(compiled, "after_conv1", nn.Conv2d(8, 8, 1))
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+    assert ee.journal(compiled) == ee.journal(model) and len(ee.journal(model)) == 1
+
+
+def test_a_wrapper_that_keeps_account_of_parameters_is_refused() -> None:
+    class DistributedDataParallel(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    refused(
+        surgeon().add_layer(DistributedDataParallel(net()), "after_module.conv1", nn.ReLU()), "Edit what is inside .model.module. and wrap"
+    )
+    refused(surgeon().remove_layer("net", "conv1"), "model: expected an nn.Module, got str")

@@ -14,12 +14,12 @@ from zoo import AWKWARD, BIG, MODELS, Case
 
 import esper_elastic as ee
 from esper_elastic.errors import SurgeryError
-from esper_elastic.surgery import recording, shapes, trial
-from esper_elastic.surgery.inputs import known_inputs
-from esper_elastic.surgery.memory import memory_of, stamp_of
-from esper_elastic.surgery.recording import attempt
-from esper_elastic.surgery.trial import Calls, TensorSpec, calls_of, record, smallest_closed
-from esper_elastic.surgery.trial import trial as try_part
+from esper_elastic.surgery.trial import recording, shapes, trial
+from esper_elastic.surgery.trial.inputs import known_inputs
+from esper_elastic.surgery.trial.memory import memory_of, stamp_of
+from esper_elastic.surgery.trial.recording import attempt
+from esper_elastic.surgery.trial.trial import Calls, TensorSpec, calls_of, record, smallest_closed
+from esper_elastic.surgery.trial.trial import trial as try_part
 
 ALL = MODELS | AWKWARD
 
@@ -206,7 +206,7 @@ class Reader(nn.Module):
             case "operator":
                 return x @ self.fc.weight
             case "shape":
-                return self.fc(x.to(self.fc.weight.dtype)).view(-1, self.fc.weight.shape[0])
+                return self.fc(x.to(self.fc.weight.dtype)).view(-1, self.fc.weight.shape[0]).view(-1, self.fc.weight.size(0))
             case "own list":
                 return self.fc(x) + self.weights[0]
         return self.fc(x)
@@ -279,6 +279,7 @@ class Writer(nn.Module):
         self.history: list = []
         self.table = {"last": None}
         self.end = end
+        self.noted = self.note
         self.seen: list = []
         seen = self.seen
         self.fc.register_forward_hook(lambda module, args, result: seen.append(result))
@@ -294,6 +295,8 @@ class Writer(nn.Module):
         self.last = x
         self.count += 1
         self.table["other"] = x
+        self.noted(self, (x,))
+        torch.manual_seed(len(self.history))
         random.random()
         numpy.random.rand()
         x = self.fc(x) + torch.rand_like(x) + self.embedding(torch.zeros(len(x), dtype=torch.int64))
@@ -365,7 +368,9 @@ def test_a_compiled_model_runs_as_written():
     assert calls_of(part).of("1")[0].result.shape == (2, 5)
     compiled_in_place = nn.Sequential(nn.Linear(3, 4))
     compiled_in_place[0].compile(backend=fails)
-    assert calls_of(compiled_in_place).of("0")[0].result.shape == (2, 4)
+    calls = calls_of(compiled_in_place)
+    assert calls.of("0")[0].result.shape == (2, 4)
+    assert calls.used == {"0.weight", "0.bias"}
 
 
 @pytest.mark.parametrize("name", ["resnet_basic", "gpt2", "lstm"])
@@ -411,6 +416,15 @@ def test_calls_are_remembered_until_something_changes(change):
     CHANGES[change](model)
     assert stamp_of(model) != stamp
     assert calls_of(model, x) is not calls
+
+
+def test_another_hook_is_a_change():
+    model = nn.Sequential(nn.Linear(4, 4))
+    hook = model[0].register_forward_hook(lambda module, args, result: result[:1])
+    assert calls_of(model).of("")[0].result.shape == (1, 4)
+    hook.remove()
+    model[0].register_forward_hook(lambda module, args, result: result[:, :1])
+    assert calls_of(model).of("")[0].result.shape == (2, 1)
 
 
 def test_calls_of_before_are_there_again_after_a_rollback():
@@ -503,9 +517,10 @@ def test_readers_inside_an_edited_part_are_seen():
     calls = calls_of(model)
     model[1].how = "function"
     assert smallest_closed(model, "1", calls).path == "1"
-    assert calls_of(model).readers("1.fc.weight") == ("1",)
+    calls = calls_of(model)
+    assert calls.readers("1.fc.weight") == ("1",)
     model[1].how = "call"
-    smallest_closed(model, "1", calls_of(model))
+    assert smallest_closed(model, "1", calls).path == "1"
     assert calls_of(model).readers("1.fc.weight") == ()
 
 
@@ -516,6 +531,23 @@ def test_a_change_that_shows_outside_is_tried_further_out():
     outcome = smallest_closed(model, "fc", calls)
     assert outcome and outcome.path == ""
     assert calls_of(model, x).of("fc")[0].result.shape[1] == 3
+
+
+def test_a_part_that_is_called_otherwise_after_the_change_is_tried_with_the_whole():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x[:, : self.fc.in_features])
+
+    model = Net()
+    calls = calls_of(model, torch.randn(2, 4))
+    model.fc = nn.Linear(2, 3)
+    assert not try_part(model, "fc", calls)
+    outcome = smallest_closed(model, "fc", calls)
+    assert outcome and outcome.path == ""
 
 
 def test_a_container_is_tried_by_what_calls_its_children():

@@ -21,9 +21,10 @@ from zoo import AWKWARD, MODELS, call
 
 from esper_elastic.convert import trace, verify
 from esper_elastic.errors import TopologyError
-from esper_elastic.surgery import alone, undo
-from esper_elastic.surgery.tensors import replace_storage
-from esper_elastic.surgery.widths import Coupled, find
+from esper_elastic.surgery import undo
+from esper_elastic.surgery.widths import alone
+from esper_elastic.surgery.widths.tensors import replace_storage
+from esper_elastic.surgery.widths.widths import Coupled, find
 
 ROUNDING = 1e-12
 
@@ -184,8 +185,9 @@ def test_newborn_units_begin_as_their_modules_do():
 
 def test_a_generator_draws_the_same_twice_and_leaves_torch_alone():
     made = []
-    for _ in range(2):
+    for seed in (1, 2):
         model = net()
+        torch.manual_seed(seed)
         state = torch.get_rng_state()
         find(model, "conv.weight", 0, image()).resize(9, generator=torch.Generator().manual_seed(5))
         assert torch.equal(torch.get_rng_state(), state)
@@ -269,6 +271,18 @@ def test_replacing_reports_the_old_shape(reports):
     replace_storage(parameter, torch.zeros(2, 4), write)
     assert reports[id(parameter)] == (parameter, (2, 3), write)
     assert torch.equal(parameter.grad, torch.tensor([[1.0, 1, 1, 0]] * 2))
+
+
+def test_no_gradient_is_ever_of_another_shape_than_its_tensor():
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    parameter.grad = torch.ones(2, 3)
+
+    def write(made, old):
+        assert parameter.grad is None
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace_storage(parameter, torch.zeros(2, 4), write)
 
 
 class Own(nn.Module):
@@ -517,6 +531,83 @@ def test_a_weight_read_outside_of_its_module_is_followed():
     assert "table.weight[1]" in {str(binding) for binding in coupled.bindings}
 
 
+class Spare(nn.Module):
+    """A block whose weight another module has too, which does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(3, 6, bias=False), nn.ReLU(), nn.Linear(6, 3))
+        self.spare = nn.Linear(3, 6, bias=False)
+        self.spare.weight = self.block[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+def test_a_tensor_that_another_module_has_too_is_followed_there():
+    model, x = Spare(), torch.randn(2, 3)
+    coupled = find(model, "block.0.weight", 0, x)
+    assert coupled.scope == ""
+    coupled.resize(9)
+    assert model.spare.weight is model.block[0].weight
+    assert model.spare.out_features == 9
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.rnn, self.last = nn.Linear(3, 6), nn.GRU(6, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.rnn(self.first(x))[0])
+
+
+class Telling(nn.Module):
+    """A block that returns its width, by which code around it divides."""
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, int]:
+            x = self.first(x)
+            return self.last(x), x.shape[1]
+
+    def __init__(self):
+        super().__init__()
+        self.inside = self.Inside()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, width = self.inside(x)
+        return x / width
+
+
+def test_a_size_that_leaves_a_module_as_a_number_is_seen():
+    coupled = find(Telling(), "inside.first.weight", 0, torch.randn(2, 3))
+    assert coupled.scope == ""
+    assert coupled.mixed.startswith("code computes a number from its size")
+
+
+class Counter(nn.Module):
+    """Code that writes to a tensor which is neither parameter nor buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.seen = nn.Linear(3, 6), nn.Linear(6, 2), torch.zeros(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(1)
+        return self.last(self.first(x))
+
+
+def test_runs_write_to_no_tensor_that_a_module_keeps():
+    model = Counter()
+    find(model, "first.weight", 0, torch.randn(2, 3)).resize(8)
+    assert not model.seen.any()
+    assert model.first.out_features == 8
+
+
 class Twice(nn.Module):
     """A block that runs twice."""
 
@@ -543,13 +634,7 @@ REFUSED = {
     "kernel": (lambda: net(), "conv.weight", 2, image, r"a kernel slides along it"),
     "vocabulary": (Tied, "embedding.weight", 0, lambda: torch.tensor([[1, 2, 3]]), r"it is returned by the model \(output 0, axis 2\)"),
     "literal": (Literal, "first.weight", 0, lambda: torch.randn(2, 3), r"code keeps its size \(.*test_widths.py:\d+: .*\)"),
-    "recurrent": (
-        lambda: nn.Sequential(nn.LSTM(3, 4)),
-        "0.weight_ih_l0",
-        1,
-        lambda: torch.randn(2, 3),
-        r"its size cannot change",
-    ),
+    "recurrent": (Recurrent, "first.weight", 0, lambda: torch.randn(5, 2, 3), "a recurrent layer keeps its weights packed"),
     "no such tensor": (
         lambda: net(),
         "conv1.weight",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import ElasticBlock, ElasticLayer, ElasticView, Switchable
+from ..layers.state import JOURNAL
 from .dynamic import Converted, beneath, original_class, with_top_of
 from .elasticize import PLAN
 from .names import SWITCH_ATTRIBUTES, VIEW_ATTRIBUTES
@@ -56,6 +57,7 @@ def export(model: nn.Module) -> nn.Module:
     plain = copy.deepcopy(model, memo)
     for each in plain.modules():
         each.__dict__.pop(PLAN, None)
+        each.__dict__.pop(JOURNAL, None)  # which leads to other sizes
     for each in model.modules():
         if isinstance(each, torch.jit.ScriptModule) and id(each) in memo:  # a copy of one forgets it
             for own, copied in zip(each.parameters(), memo[id(each)].parameters(), strict=True):

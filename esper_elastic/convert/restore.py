@@ -1,4 +1,8 @@
-"""Models as they were: what modules hold is noted by reference, and put back after a run or after a conversion that failed."""
+"""Models as they were: what modules hold is noted by reference, and put back after a run or after a conversion that failed.
+
+Contexts for the time of a run are :class:`contextlib.ExitStack`, and no generators: one whose end an exception keeps from being reached
+does nothing then, whereas a generator comes to its end when it is collected, and would put back what a rollback has long undone.
+"""
 
 from __future__ import annotations
 
@@ -69,21 +73,22 @@ def _refill(container: Any, kept: Any) -> None:
             container.extend(kept)
 
 
-@contextlib.contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
+def as_it_was(model: nn.Module) -> contextlib.ExitStack:
     """Put back, at the end, whatever is written to the model meanwhile, and the state of every random generator of the host."""
-    snapshot = Snapshot(model)
-    python = random.getstate()
+    end = generators_kept()
+    end.callback(Snapshot(model).restore)
+    return end
+
+
+def generators_kept() -> contextlib.ExitStack:
+    """Put the random generators of the host back, at the end, to where they are now."""
+    end = contextlib.ExitStack()
+    end.callback(torch.set_rng_state, torch.get_rng_state())
+    end.callback(random.setstate, random.getstate())
     numpy = sys.modules.get("numpy")
-    drawn = None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        snapshot.restore()
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(drawn)
+    if numpy is not None:
+        end.callback(numpy.random.set_state, numpy.random.get_state())
+    return end
 
 
 @contextlib.contextmanager

@@ -76,6 +76,10 @@ def forget_history() -> None:
     _trail.clear()
 
 
+#: The same as a call that runs no line of this package.
+forgetting_history = _trail.clear
+
+
 class Concat:
     """Axes laid end to end."""
 

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.nn.modules import module as module_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from ..errors import ConversionError
@@ -231,7 +231,7 @@ def run(
     shapes = shapes or {}
     fake: Any = contextlib.nullcontext() if example.fake is None else example.fake
     with fake:
-        recorder = _Recorder(model, observer, example.fake is not None)
+        recorder = _Recorder(model, observer)
         stand_ins: dict[int, Tensor] = {}
         named: dict[int, str] = {}
         for name, _, _, tensor in owned_tensors(model):
@@ -246,6 +246,7 @@ def run(
         quiet(),
         eager(),
         as_it_was(model),
+        recorder.writing_nothing(),
         recorder.watching(),
         torch.set_grad_enabled(grad),
         fake,
@@ -275,28 +276,23 @@ def _fake_input(x: Any, example: Example, recorder: _Recorder) -> Any:
     return made.requires_grad_(x.requires_grad)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
+#: Says of each op that fails on fake tensors that it does.
+LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+def quiet() -> contextlib.ExitStack:
     """Keep to ourselves what torch says of ops that fail at widths which are being tried."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    was = logger.disabled
-    logger.disabled = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = was
+    end = contextlib.ExitStack()
+    end.callback(setattr, LOGGER, "disabled", LOGGER.disabled)
+    LOGGER.disabled = True
+    end.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore")
+    return end
 
 
-@contextlib.contextmanager
-def eager() -> Iterator[None]:
+def eager() -> contextlib.AbstractContextManager[Any]:
     """Have functions that are compiled run as written."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def _swap(model: nn.Module, stand_ins: dict[int, Tensor], attributes: Mapping[tuple[nn.Module, str], Any]) -> None:
@@ -311,29 +307,27 @@ def _swap(model: nn.Module, stand_ins: dict[int, Tensor], attributes: Mapping[tu
         module.__dict__[name] = value
 
 
-@contextlib.contextmanager
-def in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
+def in_mode(model: nn.Module, training: bool | None) -> contextlib.ExitStack:
     """Put every module in training or evaluation mode for a while; ``None`` leaves each as it is."""
-    kept = [(module, module.training) for module in model.modules()]
-    try:
-        if training is not None:
-            for module, _ in kept:
-                module.training = training
-        yield
-    finally:
-        for module, was in kept:
-            module.training = was
+    end = contextlib.ExitStack()
+    modules = list(model.modules())
+    for module in modules:
+        end.callback(setattr, module, "training", module.training)
+    for module in modules if training is not None else ():
+        module.training = bool(training)
+    return end
 
 
 class _Recorder(TorchDispatchMode):
     """Writes down each op as it runs."""
 
-    def __init__(self, model: nn.Module, observer: Any, fake: bool) -> None:
+    def __init__(self, model: nn.Module, observer: Any) -> None:
         super().__init__()
         self.run = Run([], [], [], [], {}, [])
         self.observer = observer
-        self.fake = fake
         self.known: dict[int, Value] = {}  # by identity
+        self.saved: dict[int, Tensor] = {}
+        self.end = contextlib.ExitStack()
         self.kept: list[Tensor] = []  # a tensor that dies could give its identity to another
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.call = Call("", model, -1, 0, [], None)
@@ -352,7 +346,7 @@ class _Recorder(TorchDispatchMode):
             found = self.note(tensor, Value(tensor))
             self.run.constants.append(found)
             if type(tensor) is Tensor and tensor.numel() <= _SMALL and not tensor.is_meta:
-                with _disable_current_modes():
+                with torch._C._DisableTorchDispatch():
                     found.content = tensor.flatten().tolist()
         return found
 
@@ -379,8 +373,8 @@ class _Recorder(TorchDispatchMode):
             with self:  # without autograd, which takes composite functions apart, they come here whole
                 return func.decompose(*args, **kwargs)
         call, line = self.call, _line()
-        if not self.fake:
-            self._keep_real_tensors(func, args, kwargs)
+        if func._schema.is_mutable:
+            self._save_real_tensors(args, kwargs)
         before, options = self.abstract(args), self.abstract(kwargs)
         result = _batch_norm(func, args) or func(*args, **kwargs)
         outputs = []
@@ -395,25 +389,28 @@ class _Recorder(TorchDispatchMode):
             self.observer(node)
         return result
 
-    def _keep_real_tensors(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Refuse to write to a tensor that was there before the run: without a fake mode the op would do so."""
-        if func._schema.is_mutable:
-            for tensor in tensors_in((args, kwargs)):
-                if not tensor.is_meta and id(tensor) not in self.known:
-                    raise RuntimeError(f"{func} could write to a tensor that is neither parameter nor buffer")
+    def _save_real_tensors(self, args: Any, kwargs: Any) -> None:
+        """Note what tensors that are neither parameters nor buffers hold before an op that may write to them, which no mode prevents."""
+        for tensor in tensors_in((args, kwargs)):
+            if not (isinstance(tensor, FakeTensor) or tensor.is_meta or id(tensor) in self.saved):
+                with torch._C._DisableTorchDispatch():
+                    part = tensor.detach()
+                    self.end.callback(part.copy_, part.clone())
+                    self.saved[id(tensor)] = tensor
+
+    def writing_nothing(self) -> contextlib.ExitStack:
+        """Let real tensors hold at the end what they hold now."""
+        return self.end
 
     # Modules
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        before = register_module_forward_pre_hook(self._enter)
+    def watching(self) -> contextlib.ExitStack:
+        end = contextlib.ExitStack()
+        end.callback(register_module_forward_pre_hook(self._enter).remove)
         after = register_module_forward_hook(self._leave, with_kwargs=True)
-        try:
-            yield
-        finally:
-            before.remove()
-            after.remove()
-            module_hooks._global_forward_hooks_with_kwargs.pop(after.id, None)  # torch 2.13 leaves this entry behind
+        end.callback(module_hooks._global_forward_hooks_with_kwargs.pop, after.id, None)  # torch 2.13 leaves this entry behind
+        end.callback(after.remove)
+        return end
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         path = self.paths.get(id(module), f"{self.call.path}.<{type(module).__name__}>")

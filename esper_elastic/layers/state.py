@@ -41,7 +41,7 @@ def wrap_module_methods() -> None:
     if hasattr(nn.Module.state_dict, "_speaks_of_widths"):
         return
     save, load = nn.Module.state_dict, nn.Module.load_state_dict
-    call = _Call()
+    call = call_under_way
 
     @functools.wraps(save)
     def state_dict(self: nn.Module, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -72,6 +72,9 @@ class _Call(threading.local):
     """Whether this thread is inside a ``state_dict()`` call, so that a nested one is no root."""
 
     inside = False
+
+
+call_under_way = _Call()
 
 
 # The journal

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -143,6 +143,12 @@ class StepCounts:
             counts = StepCounts(self.shape, self.starts, self.table)
         counts.table.index_fill_(axis, torch.tensor(bands, dtype=torch.int64), 0)
         return counts.merge()
+
+    def moved(self, shape: Sequence[int], write: Callable[[Tensor, Tensor], None]) -> StepCounts:
+        """The counts of a parameter that has come to another shape: ``write(made, old)`` copies what is kept; the rest has no updates."""
+        made = torch.zeros(tuple(shape), dtype=torch.int64, device="cpu")
+        write(made, self.dense())
+        return StepCounts(shape, [range(size) for size in shape], made).merge()
 
     def dense(self) -> Tensor:
         """One int64 per element of the parameter."""

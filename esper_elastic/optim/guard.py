@@ -25,7 +25,7 @@ from ..errors import OptimizerError
 from ..followers import follow, follows
 from ..layers import registry
 from ..ops.reference import take
-from .counts import is_dense
+from .counts import StepCounts, is_dense
 
 O = TypeVar("O", bound=Optimizer)
 
@@ -97,8 +97,9 @@ def widen_state(optimizer: Optimizer, param: Tensor, shape: tuple[int, ...], wri
     layout = state_layout(optimizer, param)
     ours = follows(optimizer) and not isinstance(optimizer, _Guarded)
     for name, value in list(kept.items()):
-        if ours and name == "step" and not is_dense(value, shape):
-            continue  # packed, counts may happen to be as many numbers as the parameter has, and fit any size
+        if ours and name == "step" and not is_dense(value, shape):  # of a length of its own, which may be that of the parameter by chance
+            kept[name] = StepCounts.unpack(value, shape).moved(param.shape, write).packed
+            continue
         known = layout.get(name)
         axes = tracked_axes(value, shape) if known is None else known.axes
         if axes and value.shape == tuple(size if axis in axes else 1 for axis, size in enumerate(shape)):

@@ -11,7 +11,8 @@ import sys
 import torch
 from torch import nn
 
-from .edited import Edited
+from ..convert.restore import plain_modules
+from .edits.edited import Edited
 
 _WRAPPED = "_orig_mod"
 
@@ -31,7 +32,7 @@ def forget_compiled(model: nn.Module) -> None:
     if frames is None or converted is None:
         return
     own = set()
-    for kind in {type(module) for module in model.modules()}:
+    for kind in {type(module) for module in plain_modules(model)}:
         own |= {id(getattr(function, "__code__", None)) for function in (kind.forward, kind.__call__ if issubclass(kind, Edited) else None)}
     many = torch._dynamo.config.recompile_limit // 2
     for reference in list(converted.input_codes.seen):

@@ -111,6 +111,12 @@ class Following:
             write(made, entry)
             entry.data = made
 
+    def rewritten(self, parameter: Tensor) -> None:
+        """Let the average of a parameter begin anew, at what the parameter is."""
+        entry = None if self.average is None else self.average.get(self._key(parameter))
+        if isinstance(entry, Tensor) and entry.shape == parameter.shape:
+            entry.data = parameter.detach().to(entry, copy=True)
+
     # The end of a transaction
 
     def settle(self) -> None:
@@ -229,7 +235,7 @@ def _move_state(optimizer: Optimizer, parameter: Tensor, shape: tuple[int, ...],
     layout = _layout(optimizer, parameter, shape)
     for name, value in list(kept.items()):
         if isinstance(optimizer, ElasticOptimizer) and name == "step" and not is_dense(value, shape):
-            kept[name] = _moved_counts(value, shape, parameter, write)
+            kept[name] = StepCounts.unpack(value, shape).moved(parameter.shape, write).packed
             continue
         known = layout.get(name)
         axes = tracked_axes(value, shape) if known is None else known.axes
@@ -262,13 +268,6 @@ def _written(made: Tensor, value: Tensor, shape: tuple[int, ...], axes: tuple[in
         index = int(kept.movedim(axis, 0).flatten(1).any(1).to(torch.uint8).argmax())
         made, kept = made.narrow(axis, index, 1), kept.narrow(axis, index, 1)
     return made.contiguous()
-
-
-def _moved_counts(packed: Tensor, shape: tuple[int, ...], parameter: Tensor, write: Write) -> Tensor:
-    """Step counts of a parameter that had ``shape``; the elements that are new were never updated."""
-    made = torch.zeros(parameter.shape, dtype=torch.int64)
-    write(made, StepCounts.unpack(packed, shape).dense())
-    return StepCounts(parameter.shape, [range(size) for size in parameter.shape], made).merge().packed
 
 
 # Parameters that no optimizer is known for: they join the one that steps those beside them.

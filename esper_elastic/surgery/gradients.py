@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..convert.restore import generators_kept
 from ..convert.trace import eager, tensors_in
 from ..layers import registry
-from .calls import Calls
-from .inputs import Inputs
-from .recording import attempt, generators_kept
-from .twins import Twins
+from .trial.calls import Calls
+from .trial.inputs import Inputs
+from .trial.recording import attempt, with_autograd
+from .trial.twins import Twins
 
 VANISHED = 1e-12  # of the median layer's norm
 EXPLODED = 1e6
@@ -150,7 +151,7 @@ def _run(model: nn.Module, args: Any, kwargs: Any, *, seed: int, nudge: bool = F
             made = made + drawn
         return made.requires_grad_(value.requires_grad)
 
-    with _untouched_generators(), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings(), eager():
+    with _untouched_generators(), with_autograd(True), warnings.catch_warnings(), eager():
         warnings.simplefilter("ignore")
         twin = Twins(stand_in, watch, copy_scripted=True).module(model)
         paths.update((id(module), path) for path, module in twin.named_modules())
@@ -211,8 +212,8 @@ def _of_few(model: nn.Module, inputs: Inputs) -> Inputs:
     return made if attempt(model, *made, explain=False)[0] is not None else inputs
 
 
-@contextlib.contextmanager
-def _untouched_generators() -> Iterator[None]:
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices), generators_kept():
-        yield
+def _untouched_generators() -> contextlib.ExitStack:
+    end = generators_kept()
+    for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        end.callback(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
+    return end

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm, conv
 
-from ..layers import ElasticLayer
+from ..layers import ElasticLayer, registry
 from ..layers.state import ROOT_KEY
-from .calls import Calls
-from .memory import Memory
-from .twins import Twins
+from .trial.calls import Calls
+from .trial.memory import Memory
+from .trial.twins import Twins
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -258,7 +258,7 @@ def _shared_modules(model: nn.Module) -> bool:
 
 
 def uncalled_warnings(model: nn.Module, calls: Calls) -> Iterator[str]:
-    """Modules with parameters that no forward called, and whose parameters nothing read."""
+    """Modules with parameters that no forward called, and whose parameters nothing read; what is switched off is not expected to be."""
     called = set(calls.paths)
     skip: tuple[str, ...] = ()
     for path, module in model.named_modules():
@@ -267,7 +267,8 @@ def uncalled_warnings(model: nn.Module, calls: Calls) -> Iterator[str]:
         below = f"{path}." if path else ""
         if path in called or isinstance(module, _LISTS) or any(other.startswith(below) for other in called):
             continue
-        names = [name for name, _ in module.named_parameters(prefix=path)]
+        known = [(name, registry.lookup(parameter)) for name, parameter in module.named_parameters(prefix=path)]
+        names = [name for name, axes in known if axes is None or not axes.asleep]
         if names and not any(name in calls.used for name in names):
             skip = (*skip, f"{path}.")
             yield f"{path}: {type(module).__name__} is registered, but no forward calls it: its parameters are not trained."

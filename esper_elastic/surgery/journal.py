@@ -12,7 +12,6 @@ here, entry by entry. Carrying an edit out is the surgeon's: nothing here touche
 from __future__ import annotations
 
 import difflib
-import importlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -22,8 +21,8 @@ from torch import nn
 from ..convert import PLAN
 from ..errors import SurgeryError
 from ..layers.state import JOURNAL, ROOT_KEY, Journal, as_text, journal_of, read_content, unwrapped
-from .specs import LayerSpec, items_of, shown
-from .values import Flag, Json, Text, Unfit, Values
+from .specs.specs import LayerSpec, items_of, shown
+from .specs.values import Flag, Json, Text, Unfit, Values
 
 FORMAT = 1
 #: Edits in a journal that is read.
@@ -99,10 +98,17 @@ def replay(journal: list[Entry], model: nn.Module, *, modules: Mapping[str, nn.M
     _check_modules(entries, done, held)
     if len(entries) == done:
         return model
-    surgeon = importlib.import_module("esper_elastic.surgery.surgeon").ModelSurgeon()
-    with importlib.import_module("esper_elastic.surgery.transaction").transaction(model, validate=False):
+    from .surgeon import ModelSurgeon  # which keeps this journal
+    from .transaction import transaction
+
+    surgeon = ModelSurgeon()
+
+    @transaction(model, validate=False)  # which a `with` of ours could not end: see there
+    def perform() -> None:
         for number, entry in enumerate(entries[done:], done):
             _perform(surgeon, model, entry, number, held)
+
+    perform()
     return model
 
 

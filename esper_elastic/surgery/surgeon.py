@@ -13,14 +13,16 @@ from torch import nn
 
 from ..errors import ElasticError, SurgeryError
 from .compiled import forget_compiled, plain_path
-from .edit import Edit
-from .insert import add_layer
+from .edits import joining
+from .edits.edit import Edit
+from .edits.insert import add_layer
+from .edits.modify import modify_layer
+from .edits.remove import remove_layer
+from .edits.skip import add_skip_connection, remove_skip_connection
 from .journal import FORMAT, describe, layer_of, record
-from .modify import modify_layer
-from .remove import remove_layer
-from .skip import add_skip_connection, remove_skip_connection
-from .specs import LayerSpec
+from .specs.specs import LayerSpec
 from .transaction import transaction, twins
+from .trial.twins import unwrapped
 
 _Body = Callable[[Edit], None]
 
@@ -202,22 +204,23 @@ class ModelSurgeon:
             root = root_of(model)
             edit = self._make_edit(root, arguments, repeats)
             entry = _entry(operation, _named(arguments, plain_path))
-            arguments = _named(arguments, edit.registered)
-            with transaction(root, validate=False):
-                self._carry_out(operation, edit, arguments)
-                edit.try_out()
-                edit.details |= {"name": edit.name, "steps": edit.steps, "warnings": edit.warnings}
-                edit.details.setdefault("function_kept", bool(arguments.get("preserve", True)))
-                if planned:
-                    raise _Planned
-                record(root, entry | {"name": plain_path(edit.name), "details": edit.to_journal()})
-                forget_compiled(root)
+            transaction(root, validate=False)(self._make)(operation, edit, _named(arguments, edit.registered), entry, planned)
         except _Planned:
             pass
         except ElasticError as refused:
             error = refused
         details = edit.details if edit is not None and error is None else {}
         return SurgeryResult(error is None, operation, details, 1e3 * (time.perf_counter() - start), error)
+
+    def _make(self, operation: str, edit: Edit, arguments: dict[str, Any], entry: dict[str, Any], planned: bool) -> None:
+        self._carry_out(operation, edit, arguments)
+        edit.try_out()
+        edit.details |= {"name": edit.name, "steps": edit.steps, "warnings": edit.warnings}
+        edit.details.setdefault("function_kept", bool(arguments.get("preserve", True)))
+        if planned:
+            raise _Planned
+        record(edit.model, entry | {"name": plain_path(edit.name), "details": edit.to_journal()})
+        forget_compiled(edit.model)
 
     def _make_edit(self, root: nn.Module, arguments: Mapping[str, Any], repeats: dict[str, Any] | None) -> Edit:
         preserve = arguments.get("preserve", True)
@@ -231,13 +234,19 @@ class ModelSurgeon:
         layer = arguments.get("layer")
         spare = [copy.deepcopy(layer) if isinstance(layer, nn.Module) else layer for _ in averages]
         state = torch.get_rng_state() if averages else None
-        _BODIES[operation](edit, arguments)
+        _perform(operation, edit, arguments)
         for twin, own in zip(averages, spare, strict=True):
             after = torch.get_rng_state()
             assert state is not None
             torch.set_rng_state(state)
             same = Edit(twin, self.example_inputs, preserve=edit.preserve, repeats=edit.to_journal())
-            _BODIES[operation](same, {**arguments, "layer": own})
+            known = {name for name, _ in twin.named_parameters()}
+            _perform(operation, same, {**arguments, "layer": own})
+            born = dict(edit.model.named_parameters())
+            with torch.no_grad():
+                for name, parameter in twin.named_parameters():
+                    if name not in known:
+                        parameter.copy_(born[name])
             torch.set_rng_state(after)
 
 
@@ -248,6 +257,12 @@ _BODIES: dict[str, Callable[[Edit, Mapping[str, Any]], None]] = {
     "add_skip_connection": lambda edit, given: add_skip_connection(edit, given["from_layer"], given["to_layer"]),
     "remove_skip_connection": lambda edit, given: remove_skip_connection(edit, given["name"]),
 }
+
+
+def _perform(operation: str, edit: Edit, arguments: Mapping[str, Any]) -> None:
+    joining.begin(edit)
+    _BODIES[operation](edit, arguments)
+    joining.settle(edit)
 
 
 def _entry(operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,9 +288,16 @@ def root_of(model: nn.Module) -> nn.Module:
     """The model itself, where a compiled one is given.
 
     Raises:
-        SurgeryError: it is no module.
+        SurgeryError: it is no module, or one that keeps account of the parameters of what it wraps.
     """
     if not isinstance(model, nn.Module):
         raise SurgeryError(f"model: expected an nn.Module, got {type(model).__name__}.")
-    inner = model._modules.get("_orig_mod")
-    return inner if inner is not None and type(model).__name__ == "OptimizedModule" else model
+    if type(model).__name__ in _ACCOUNTANTS:
+        raise SurgeryError(
+            f"model: {type(model).__name__} would not know of the parameters that an edit adds or removes. Edit what is "
+            "inside (model.module) and wrap it anew."
+        )
+    return unwrapped(model)
+
+
+_ACCOUNTANTS = ("DistributedDataParallel", "FullyShardedDataParallel")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import threading
 from collections.abc import Iterable
 from typing import Any, Self
@@ -21,7 +20,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..errors import TransactionError
 from ..model import forgetting
 from .following import Following, join_waiting
+from .surroundings import hooks_of_all_modules, surroundings
+from .trial.twins import unwrapped
 from .undo import UndoLog, Write, open_here, open_transactions
+from .validators import SurgeryValidator
 
 #: How many failing calls a rollback passes over without running a line of this package.
 _PASSES = 8
@@ -65,6 +67,7 @@ def transaction(
     """
     if not isinstance(model, nn.Module):
         raise TransactionError(f"transaction: model: expected a torch.nn.Module, got {type(model).__name__}.")
+    model = unwrapped(model)
     optimizers = _several(optimizer)
     for each in optimizers:
         if not isinstance(each, Optimizer):
@@ -85,8 +88,11 @@ def twins(model: nn.Module) -> list[nn.Module]:
     return next((list(each._following.twins) for each in open_here() if isinstance(each, Transaction) and each.model is model), [])
 
 
-class Transaction(contextlib.ExitStack):
+class Transaction(contextlib.ExitStack, contextlib.ContextDecorator):
     """See :func:`transaction`, which makes it. It is entered once.
+
+    ``Transaction(...)(function)(...)`` calls a function inside. A ``with`` in this package would not do: whatever is raised again at each
+    of its lines is raised before the ``with`` comes to its end, and nothing would be undone.
 
     Attributes:
         model: that is edited.
@@ -134,9 +140,11 @@ class Transaction(contextlib.ExitStack):
             log.add(*forgetting(self.model))
             log.record(self._following, *things)
             log.save_values(*_numbers(self._following.optimizers, schedulers, scaler))
+            log.record(*hooks_of_all_modules())
         if outer is not None and (optimizers or ema is not None):
             self._following.add(optimizers, ema)
         self.log.record_random_numbers()
+        self.log.add(*surroundings())  # the last to be noted, so that the rest is put back outside of any mode
         self.log.failed += (
             functools.partial(nn.Module.register_forward_pre_hook, self.model, _refuse_use),
             functools.partial(self.push, self._say_that_rollback_failed),
@@ -168,8 +176,7 @@ class Transaction(contextlib.ExitStack):
         self.log.forget()
 
     def _require_valid(self) -> None:
-        validators = importlib.import_module("esper_elastic.surgery.validators")
-        validator = validators.SurgeryValidator(self._example_inputs)
+        validator = SurgeryValidator(self._example_inputs)
         errors = self._following.wrong_groups()
         for check in (validator.validate_graph_integrity, validator.validate_dimension_compatibility):
             result = check(self.model)
@@ -181,6 +188,10 @@ class Transaction(contextlib.ExitStack):
                 f"transaction: {type(self.model).__name__} would not be valid, and is as it was before: {'; '.join(map(str, errors))}."
             )
 
+    def settle(self) -> None:
+        """Bring optimizers and averages in line with the model now; else it is done at the end."""
+        self._following.settle()
+
     # Reports
 
     def added(self, parameter: Tensor, near: Tensor | None) -> None:
@@ -191,6 +202,9 @@ class Transaction(contextlib.ExitStack):
 
     def moved(self, parameter: Tensor, shape: tuple[int, ...], write: Write) -> None:
         self._following.moved(parameter, shape, write)
+
+    def rewritten(self, parameter: Tensor) -> None:
+        self._following.rewritten(parameter)
 
     # Misuse and failure
 

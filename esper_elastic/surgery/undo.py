@@ -49,6 +49,8 @@ class Open(Protocol):
 
     def moved(self, parameter: Tensor, shape: tuple[int, ...], write: Write) -> None: ...
 
+    def rewritten(self, parameter: Tensor) -> None: ...
+
 
 #: The open transactions of all threads, outer ones before those inside.
 open_transactions: list[Open] = []
@@ -85,7 +87,7 @@ def added(parameter: Tensor, near: Tensor | None = None) -> None:
     Args:
         parameter: joins an optimizer group.
         near: the parameter whose group that is; ``None`` for the group that holds most of the model's parameters. Nothing is joined near a
-            parameter of a twin (:func:`esper_elastic.surgery.twins`).
+            parameter of a twin (:func:`esper_elastic.surgery.trial.twins`).
     """
     for each in open_here()[-1:]:
         each.added(parameter, near)
@@ -113,6 +115,12 @@ def moved(parameter: Tensor, shape: tuple[int, ...], write: Write) -> None:
     """
     for each in open_here()[-1:]:
         each.moved(parameter, shape, write)
+
+
+def rewritten(parameter: Tensor) -> None:
+    """Say that all values of a parameter mean something else than before: an average of it, kept by name, begins anew."""
+    for each in open_here()[-1:]:
+        each.rewritten(parameter)
 
 
 class UndoLog:

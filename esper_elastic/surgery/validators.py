@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from .. import followers
 from ..errors import SurgeryError
 from . import integrity
-from .calls import Calls
 from .gradients import gradient_errors
-from .inputs import known_inputs
-from .memory import memory_of
-from .trial import look
-from .twins import unwrapped
+from .trial.calls import Calls
+from .trial.inputs import known_inputs
+from .trial.memory import memory_of
+from .trial.trial import look
+from .trial.twins import unwrapped
 
 
 @dataclasses.dataclass(frozen=True)

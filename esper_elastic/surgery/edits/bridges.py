@@ -42,12 +42,20 @@ class Projection(nn.Module):
         shape_out: shape of what the layer gave for it.
         last: whether channels are the last axis, and not the second.
         length: as of :class:`Pass`.
+        mapped: whether there are weights though the numbers are the same, as they need not stay so.
 
     Shape: ``(batch, have, *)`` to ``(batch, want, *)``, or ``(batch, *, have)`` to ``(batch, *, want)``.
     """
 
     def __init__(
-        self, have: int, want: int, shape_in: tuple[int, ...], shape_out: tuple[int, ...], last: bool, length: int | None = None
+        self,
+        have: int,
+        want: int,
+        shape_in: tuple[int, ...],
+        shape_out: tuple[int, ...],
+        last: bool,
+        length: int | None = None,
+        mapped: bool = False,
     ) -> None:
         super().__init__()
         rank = len(shape_in)
@@ -56,7 +64,7 @@ class Projection(nn.Module):
         self.last = last
         self.length = length
         self.map: nn.Module | None = None
-        if have != want:
+        if have != want or mapped:
             self.map = nn.Linear(have, want) if last else (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 3](have, want, 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

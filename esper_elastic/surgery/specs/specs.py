@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import SurgeryError
-from ..layers import ElasticLayer
-from ..layers.state import JOURNAL
+from ...errors import SurgeryError
+from ...layers import ElasticLayer
+from ...layers.state import JOURNAL
 from .kinds import KINDS, Given
 from .values import Unfit
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert import example_of
-from ..convert.trace import Example
-from ..errors import ConversionError, SurgeryError
+from ...convert import example_of
+from ...convert.trace import Example
+from ...errors import ConversionError, SurgeryError
 from .memory import Derived, memory_of, stamp_of
 from .recording import attempt
 from .twins import unwrapped
@@ -24,6 +24,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 _LENGTH = 16  # of derived sequences
 _SIDES = (32, 64, 224)  # of derived images
+_OTHER_SIDES = (28, 96, 128, 16, 48, 256, 299, 8, 40, 20, 24, 36, 12, 14, 10, 56, 80, 112, 160, 192)  # which a classifier may be built for
 _TRIED = 3  # layers that may be the first
 
 
@@ -93,6 +94,9 @@ def _candidates(model: nn.Module) -> Iterator[tuple[tuple[str, int] | None, Inpu
         for kind, size, like in layers:
             for shape in _shapes(kind, size):
                 yield (kind, size), ((_drawn(shape, like) if shape[1:] else _ids(size, like),), {})
+        for kind, size, like in layers[:1]:
+            for side in _OTHER_SIDES if kind in ("conv1", "conv2") else ():
+                yield (kind, size), ((_drawn((2, size, *(side,) * int(kind[-1])), like),), {})
 
 
 def _named(model: nn.Module, parameters: Any, layers: list[tuple[str, int, Tensor]]) -> Iterator[Inputs]:

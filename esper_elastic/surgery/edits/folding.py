@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert.trace import Call, Run
-from .tensors import replace_storage
-from .undo import added, save_values
+from ...convert.trace import Call, Run
+from ..undo import added, rewritten, save_values
+from ..widths.tensors import replace_storage
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -117,12 +117,14 @@ def _fold_norm(norm: Any, before: Any) -> str | None:
             shift = shift + norm.bias
         save_values(before.weight)
         before.weight.mul_(scale.reshape(-1, *[1] * (before.weight.dim() - 1)))
+        rewritten(before.weight)
         if before.bias is None:
             before._parameters["bias"] = made = nn.Parameter(shift)
             added(made, before.weight)
         else:
             save_values(before.bias)
             before.bias.mul_(scale).add_(shift)
+            rewritten(before.bias)
     return "its statistics, scale and shift folded into the layer before it: the same in evaluation"
 
 
@@ -160,6 +162,7 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 def _replace(module: Any, weight: Tensor, bias: Tensor | None) -> None:
     """Give a layer the weights of two. Its units are mixtures of those that it had: no momentum carries over."""
     replace_storage(module.weight, weight, _nothing_kept)
+    rewritten(module.weight)
     if bias is None:
         return
     if module.bias is None:
@@ -167,6 +170,7 @@ def _replace(module: Any, weight: Tensor, bias: Tensor | None) -> None:
         added(made, module.weight)
     else:
         replace_storage(module.bias, bias, _nothing_kept)
+        rewritten(module.bias)
 
 
 def _nothing_kept(made: Tensor, old: Tensor) -> None:

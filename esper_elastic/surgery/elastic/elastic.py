@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import followers
-from ..control import Axis, ControlBlock, DerivedAxis, ElasticDim
-from ..convert.dynamic import become_layer, elastic_class
-from ..convert.forms import LAYERS
-from ..errors import SurgeryError, TopologyError
-from ..layers import ElasticLayer, ElasticView, Switchable
-from ..layers.base import write_active
-from ..layers.units import distinct, places
-from ..layers.view import Size
-from ..model import put_in_layout
+from ... import followers
+from ...control import Axis, ControlBlock, DerivedAxis, ElasticDim
+from ...convert.dynamic import become_layer, elastic_class
+from ...convert.forms import LAYERS
+from ...errors import SurgeryError, TopologyError
+from ...layers import ElasticLayer, ElasticView, Switchable
+from ...layers.base import write_active
+from ...layers.units import distinct, places
+from ...layers.view import Size
+from ...model import put_in_layout
+from ..undo import added, removed, save_objects, save_values
+from ..widths.tensors import replace_storage, zeros
 from .capacity import reallocate
-from .tensors import replace_storage, zeros
-from .undo import added, removed, save_objects, save_values
 
 _FIXED = "nothing else in the model would follow it"
 
@@ -282,7 +282,7 @@ def grow_units(model: nn.Module, path: str, name: str, size: int, preserve: bool
     """
     layer: Any = model.get_submodule(path)
     where = f"{path!r} ({type(layer).__name__}): {name}"
-    axis: Axis | None = getattr(layer, _SIDES[name], None) if not isinstance(layer, ElasticView) else None
+    axis = _axis_of(layer, name)
     if axis is None:
         raise TopologyError(f"{where}: expected an elastic layer with that size. Resize the dims of the model: ee.dims(model).")
     if len(axis.segments) > 1:
@@ -312,6 +312,16 @@ def grow_units(model: nn.Module, path: str, name: str, size: int, preserve: bool
     dim.grow(n, exact=preserve)
     steps.append(f"{dim.label}: {before} -> {n} units active")
     return Changed(paths, steps, preserve)
+
+
+def _axis_of(layer: Any, name: str) -> Axis | None:
+    if not isinstance(layer, ElasticView):
+        return getattr(layer, _SIDES[name], None)
+    own = layer.tensor_axes().get("weight", ())
+    index = {"out_dim": 0, "in_dim": 1, "dim": 0}[_SIDES[name]]
+    if isinstance(layer, nn.Embedding | nn.modules.conv._ConvTransposeNd):
+        index = 1 - index
+    return own[index] if index < len(own) else None
 
 
 def _save_newborn(dim: ElasticDim, n: int) -> None:

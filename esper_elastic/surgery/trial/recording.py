@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,9 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..convert.trace import eager, quiet, tensors_in
-from ..errors import SurgeryError
+from ...convert.restore import generators_kept
+from ...convert.trace import eager, quiet, tensors_in
+from ...errors import SurgeryError
 from .calls import PLAIN, Calls, CallSpec, Failure, TensorSpec, spec_of, specs_of
 from .shapes import RULES, SAME_TYPE, fake_tensor, require_same_type
 from .twins import Twins, unwrapped
@@ -119,7 +118,7 @@ class _Run:
         autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         rules = {} if self.precise or autocast else RULES
         same_type = frozenset[Any]() if autocast else SAME_TYPE
-        with torch.inference_mode(False), torch.set_grad_enabled(self.precise):
+        with with_autograd(self.precise):
             twin = self._twins.module(self.model)
             if self._training is not None:
                 for module in twin.modules():
@@ -362,19 +361,13 @@ _NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
-@contextlib.contextmanager
-def generators_kept() -> Iterator[None]:
-    """Put the random generators of the host back to where they were."""
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    drawn = None if numpy is None else numpy.random.get_state()
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(drawn)
+def with_autograd(enabled: bool) -> contextlib.ExitStack:
+    """Have autograd on or off, outside of inference mode."""
+    end = contextlib.ExitStack()
+    if torch.is_inference_mode_enabled():
+        end.enter_context(torch.inference_mode(False))
+    end.enter_context(torch.set_grad_enabled(enabled))
+    return end
 
 
 def _line_of(error: BaseException) -> str:

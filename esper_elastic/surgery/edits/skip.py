@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import TopologyError
+from ...errors import TopologyError
+from ..undo import added, removed
 from .edit import Edit
 from .edited import Carrier, Edits, edits_of, release
 from .insert import channel_axis, declared
-from .undo import added, removed
+from .joining import active_shape, axis_beyond, follow, same, silence
 
 
 class Skip(nn.Module):
@@ -84,21 +85,25 @@ def add_skip_connection(edit: Edit, source: str, target: str) -> None:
     edit.check_called(source)
     edit.check_called(target)
     first, second = edit.shape_out(source), edit.shape_out(target)
+    along, into = axis_beyond(edit, source, "out"), axis_beyond(edit, target, "out")
     axes = (1, 1)
-    if first != second or first is None:
+    if first != second or first is None or not same(along, into):
         axes = _axis(start, first), _axis(end, second)
-    have, want = _channels(start, first, axes[0]), _channels(end, second, axes[1])
+    have = _channels(start, active_shape(first, axes[0], along), axes[0])
+    want = _channels(end, active_shape(second, axes[1], into), axes[1])
     if have is None or want is None:
         edit.warn(f"the channels of {source if have is None else target!r} are unknown without example inputs: taken to be as many")
         have = want = 1
     carrier = Carrier()
     like = edit.like(end)
-    projection = None if have == want else _projection(have, want, axes[1], second, end).to(**like)
+    projection = None
+    if have != want or not same(along, into):
+        projection = _projection(have, want, axes[1], second, end).to(**like)
+        follow(projection, along, into)
     skip = Skip(carrier, source, projection, axes).to(**like)
     skip.train(end.training)
     if edit.preserve:
-        for parameter in skip.parameters():
-            nn.init.zeros_(parameter)
+        silence(skip)
     elif projection is None:
         nn.init.ones_(skip.gate)
     edits_of(start, source).taps.append(carrier)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import undo
+from .. import undo
 
 #: Copies what is kept from a tensor of the old shape to one of the new: ``write(made, old)``.
 Write = Callable[[Tensor, Tensor], None]

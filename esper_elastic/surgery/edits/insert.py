@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SurgeryError, TopologyError
+from ...control import Axis
+from ...errors import SurgeryError, TopologyError
+from ..specs.specs import LayerSpec
+from ..undo import added, save_objects, save_values
 from .edit import Edit, fake_shape
 from .edited import edits_of, gate_name
-from .specs import LayerSpec
-from .undo import added, save_values
+from .joining import active_shape, axis_beyond, follow, widen_identity
 
 _SIDES = ("before", "after")
+
+_IDENTITY = "starts as the identity"
 
 #: Layers that keep the function of a network in evaluation as they are.
 NEUTRAL = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -27,7 +31,9 @@ def add_layer(edit: Edit, position: str, layer: nn.Module | LayerSpec) -> None:
     made = layer.build() if isinstance(layer, LayerSpec) else layer
     _check_layer(edit, made)
     like = edit.like(host)
+    save_objects(made)
     made.to(**like)
+    axis = axis_beyond(edit, path, "in" if side == "before" else "out")
     edits = edits_of(host, path)
     name = edits.free_name(side)
     full = f"{path}.edits.{name}"
@@ -35,28 +41,56 @@ def add_layer(edit: Edit, position: str, layer: nn.Module | LayerSpec) -> None:
     place.insert(0 if side == "before" else len(place), name)
 
     shape = edit.shape_in(path) if side == "before" else edit.shape_out(path)
+    if shape is not None:
+        shape = active_shape(shape, channel_axis(made, len(shape)), axis)
     have, want = _channel_change(made, shape, host, side, like)
+    units: list[int | None] = list(range(have))  # of the input, that each unit of the output is to pass on
     if have != want:
-        edits._modules[name] = _square(made, have, shape).to(**like)  # what depends on it depends on the layer
+        _require_plain_place(made, have, want, axis)
+        edits._modules[name] = stand_in = _square(made, have, shape).to(**like)  # what depends on it depends on the layer
+        _mark(stand_in)
         edit.touch(path)
         edit.resize(f"{full}.weight", 0, want)
+        units = _units_of(stand_in)
     edits._modules[name] = made
     made.train(host.training)
     kept = "weights as given"
     if edit.preserve and not isinstance(made, NEUTRAL):
-        if make_identity(made):
-            kept = "starts as the identity"
+        if make_identity(made, units if have != want else None):
+            kept = _IDENTITY
         elif _gateable(made, shape, have, want, like):
+            _require_plain_order(made, units)
             edits.register_parameter(gate_name(name), nn.Parameter(torch.zeros((), **like)))
             kept = "added to its input through a gate that starts at zero"
         else:
             kept = "cannot start as the identity: it changes the resolution"
             edit.details["function_kept"] = False
+    follow(made, axis, axis)
+    if kept == _IDENTITY:
+        widen_identity(made)
     near = edit.neighbour(host)
     for parameter in (*made.parameters(), *(p for p in [edits._parameters.get(gate_name(name))] if p is not None)):
         added(parameter, near)
     edit.touch(path)
     edit.done(full, f"insert {type(made).__name__} {side} {path}; {kept}")
+
+
+def _require_plain_place(layer: nn.Module, have: int, want: int, axis: Axis | None) -> None:
+    if axis is not None:
+        raise TopologyError(
+            f"layer: {type(layer).__name__} takes {have} channels and gives {want}, where {axis!r} runs: in an elastic model a new layer "
+            "gives as many as it takes, and follows that dim. Insert one that does, and grow the dim."
+        )
+
+
+def _require_plain_order(layer: nn.Module, units: list[int | None]) -> None:
+    """A gate adds to an input whose units come first, new ones behind them."""
+    kept = [unit for unit in units if unit is not None]
+    if units[: len(kept)] != list(range(len(kept))):
+        raise TopologyError(
+            f"layer: {type(layer).__name__} gives other channels where code takes them in several parts, each of which is to grow: only a "
+            "linear layer or convolution can start as the identity there. Insert one, or pass preserve=False."
+        )
 
 
 def parse_position(position: Any) -> tuple[str, str]:
@@ -90,8 +124,13 @@ def _check_layer(edit: Edit, layer: Any) -> None:
 # Weights that keep the function
 
 
-def make_identity(layer: Any) -> bool:
-    """Overwrite the weights of a linear layer or convolution so that it passes on its input, followed by what its further rows give.
+def make_identity(layer: Any, units: list[int | None] | None = None) -> bool:
+    """Overwrite the weights of a linear layer or convolution so that it passes on its input, beside what its further rows give.
+
+    Args:
+        layer: of any kind.
+        units: per unit of the output, the unit of the input that it is to be, or ``None`` for what the layer makes of it. By default all
+            units of the input, in order.
 
     Returns:
         whether that is possible; otherwise nothing has changed.
@@ -103,13 +142,13 @@ def make_identity(layer: Any) -> bool:
         with torch.no_grad():
             layer.weight.fill_(1)
         return True
-    if type(layer) is nn.Linear and layer.out_features >= layer.in_features:
-        _write_identity(layer.weight, layer.bias, layer.in_features, ())
+    if type(layer) is nn.Linear and (units is not None or layer.out_features == layer.in_features):
+        _write_identity(layer.weight, layer.bias, units or list(range(layer.in_features)), ())
         return True
     if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and keeps_size(layer):
-        into, out, groups = layer.in_channels, layer.out_channels, layer.groups
-        if out == into or (groups == 1 and out > into):
-            _write_identity(layer.weight, layer.bias, into, tuple(k // 2 for k in layer.kernel_size))
+        square = layer.in_channels == layer.out_channels
+        if square if units is None else layer.groups == 1:
+            _write_identity(layer.weight, layer.bias, units or list(range(layer.in_channels)), tuple(k // 2 for k in layer.kernel_size))
             return True
     return False
 
@@ -125,16 +164,17 @@ def keeps_size(conv: Any) -> bool:
     return all(2 * p == d * (k - 1) for p, d, k in zip(conv.padding, conv.dilation, conv.kernel_size, strict=True))
 
 
-def _write_identity(weight: Tensor, bias: Tensor | None, units: int, centre: tuple[int, ...]) -> None:
-    """Let the first ``units`` rows pass on the input, and leave the others as they are."""
-    save_values(weight[:units], *([] if bias is None else [bias[:units]]))
+def _write_identity(weight: Tensor, bias: Tensor | None, units: list[int | None], centre: tuple[int, ...]) -> None:
+    """Let rows pass on units of the input, and leave those that are to pass on none as they are."""
+    rows = torch.tensor([row for row, unit in enumerate(units) if unit is not None], device=weight.device)
+    sources = torch.tensor([unit for unit in units if unit is not None], device=weight.device)
+    save_values(weight, *([] if bias is None else [bias]))
     with torch.no_grad():
-        weight[:units] = 0
-        width = weight.shape[1]  # of a group
-        for unit in range(units):
-            weight[(unit, unit % width, *centre)] = 1
+        weight[rows] = 0
+        place: Any = (rows, sources % weight.shape[1], *centre)  # of a group, the units of its own
+        weight[place] = 1
         if bias is not None:
-            bias[:units] = 0
+            bias[rows] = 0
 
 
 def _gateable(layer: nn.Module, shape: tuple[int, ...] | None, have: int, want: int, like: dict[str, Any]) -> bool:
@@ -198,3 +238,21 @@ def _square(layer: nn.Module, channels: int, shape: tuple[int, ...] | None) -> n
     kind: Any = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[rank]
     made: nn.Module = kind(channels, channels, 1, bias=False)
     return made
+
+
+def _mark(stand_in: Any) -> None:
+    """Write to each row which unit it is, in numbers that any type holds, larger than what new rows are drawn from."""
+    with torch.no_grad():
+        units = torch.arange(len(stand_in.weight), device=stand_in.weight.device)
+        columns = stand_in.weight.flatten(1)
+        columns[:, 1:2] = (2 + units // _DIGIT).to(columns)[:, None]
+        columns[:, 0] = (2 + units % _DIGIT).to(columns)
+
+
+_DIGIT = 128
+
+
+def _units_of(stand_in: Any) -> list[int | None]:
+    """Which unit each row of a marked layer was before it was resized; ``None`` for new ones."""
+    rows = stand_in.weight.detach().flatten(1)[:, :2].double().tolist()
+    return [round(row[0]) - 2 + _DIGIT * (round(row[-1]) - 2 if len(row) > 1 else 0) if row[0] >= 1.5 else None for row in rows]

@@ -7,32 +7,34 @@ rule follows stays unknown, and so does what could be either of two axes; nothin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from .. import layers
-from ..control import Axis, ElasticDim, concat
-from ..convert import example_of
-from ..convert.axes import Axes
-from ..convert.structure import Atom, Concat, Structure, forget_history, fresh, resolve, size
-from ..convert.structure import concat as joined
-from ..convert.trace import Call, Example, Run, Value, owned_tensors, run
-from ..errors import ConversionError
-from ..layers import ElasticLayer, ElasticView
+from ... import layers
+from ...control import Axis, ElasticDim, concat
+from ...convert import example_of
+from ...convert.axes import Axes
+from ...convert.structure import Atom, Concat, Structure, forget_history, fresh, resolve, size
+from ...convert.structure import concat as joined
+from ...convert.trace import Call, Example, Run, Value, owned_tensors, run
+from ...errors import ConversionError
+from ...layers import ElasticLayer, ElasticView
 
 _NORMS_OF_LAST = (layers.ElasticLayerNorm, layers.ElasticRMSNorm)
 _NORMS_OF_CHANNELS = (layers.ElasticBatchNorm1d, layers.ElasticBatchNorm2d, layers.ElasticGroupNorm)
 
 
-def axes_at(model: nn.Module, path: str, side: str, recorded: Run | None = None) -> Axis | None:
+def axes_at(model: nn.Module, path: str, side: str, recorded: Run | Callable[[], Run | None] | None = None) -> Axis | None:
     """The axis that the channels of a module's first tensor run along.
 
     Args:
         model: that holds elastic layers.
         path: of the module.
         side: ``"in"`` or ``"out"``: of what its own forward takes, or gives; layers that edits have put before or after it are beyond.
-        recorded: a run of a module of the model that calls this one. Without, the model runs on the inputs that ``elasticize`` recorded.
+        recorded: a run of a module of the model that calls this one, or what gives one if it is needed. Without, the model runs on the
+            inputs that ``elasticize`` recorded.
 
     Returns:
         the axis, one that the model has already where there is one; ``None`` where it is not certain, or not elastic.
@@ -52,7 +54,9 @@ def axes_at(model: nn.Module, path: str, side: str, recorded: Run | None = None)
             recorded = run(model, Example(example), grad=False)
         except ConversionError:
             return None
-    return Channels(recorded).of(module, side)
+    if not isinstance(recorded, Run):
+        recorded = recorded()
+    return None if recorded is None else Channels(recorded).of(module, side)
 
 
 def _said(module: nn.Module, side: str) -> Axis | None:

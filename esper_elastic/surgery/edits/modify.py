@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert.arguments import nearest
-from ..errors import SurgeryError, TopologyError
-from ..layers import ElasticLayer
+from ...convert.arguments import nearest
+from ...errors import SurgeryError, TopologyError
+from ...layers import ElasticLayer
+from ..elastic.elastic import add_bias, drop_bias, grow_units, require_plain_groups, set_kernel
+from ..specs.specs import LayerSpec
+from ..undo import added, removed
+from ..widths.tensors import replace_storage
 from .edit import Edit
-from .specs import LayerSpec
-from .tensors import replace_storage
-from .undo import added, removed
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -112,6 +113,9 @@ def _check_own(edit: Edit, path: str, layer: nn.Module, changes: Mapping[str, An
 def _units(edit: Edit, path: str, name: str, size: Any) -> None:
     layer: Any = edit.module(path)
     size = _integer(path, name, size)
+    if isinstance(layer, ElasticLayer):
+        _grow_units(edit, path, name, size)
+        return
     if size == getattr(layer, name):
         return
     tensor, axis = _axis(layer, name)
@@ -120,6 +124,14 @@ def _units(edit: Edit, path: str, name: str, size: Any) -> None:
     before = getattr(layer, name)
     edit.done(path, f"{name} {before} -> {size}")
     edit.resize(f"{path}.{tensor}", axis, size, returned=True)
+
+
+def _grow_units(edit: Edit, path: str, name: str, size: int) -> None:
+    changed = grow_units(edit.model, path, name, size, edit.preserve)
+    edit.steps.extend(changed.steps)
+    edit.touch(*changed.paths)
+    if not changed.function_kept:
+        edit.details["function_kept"] = False
 
 
 def _axis(layer: Any, name: str) -> tuple[str, int]:
@@ -132,10 +144,13 @@ def _axis(layer: Any, name: str) -> tuple[str, int]:
 
 def _normalized(edit: Edit, path: str, name: str, size: Any) -> None:
     layer: Any = edit.module(path)
-    if len(layer.normalized_shape) != 1 or layer.weight is None:
+    if len(layer.normalized_shape) != 1 or (layer.weight is None and not isinstance(layer, ElasticLayer)):
         raise TopologyError(f"{path!r}: expected a norm with weights over one axis, got {layer}. Change the layer that makes its units.")
     given = size[0] if isinstance(size, list | tuple) and len(size) == 1 else size
     size = _integer(path, name, given)
+    if isinstance(layer, ElasticLayer):
+        _grow_units(edit, path, name, size)
+        return
     before = layer.normalized_shape[0]
     if size != before:
         edit.done(path, f"{name} {before} -> {size}")
@@ -153,6 +168,7 @@ def _integer(path: str, name: str, value: Any, least: int = 1) -> int:
 
 def _groups(edit: Edit, path: str, name: str, groups: Any) -> None:
     conv: Any = edit.module(path)
+    require_plain_groups(conv, path, name)
     groups = _integer(path, name, groups)
     into, out, present = conv.in_channels, conv.out_channels, conv.groups
     if into % groups or out % groups:
@@ -187,18 +203,7 @@ def _kernel(edit: Edit, path: str, name: str, size: Any) -> None:
     before = conv.kernel_size
     if size == before:
         return
-    offsets = [(new - 1) // 2 - (old - 1) // 2 for new, old in zip(size, before, strict=True)]
-    new = tuple(slice(max(0, at), max(0, at) + min(a, b - max(0, -at))) for at, a, b in zip(offsets, size, before, strict=True))
-    old = tuple(slice(max(0, -at), max(0, -at) + (s.stop - s.start)) for at, s in zip(offsets, new, strict=True))
-
-    def write(made: Tensor, kept: Tensor) -> None:
-        made[(slice(None), slice(None), *new)] = kept[(slice(None), slice(None), *old)]
-
-    weight = conv.weight.new_zeros(*conv.weight.shape[:2], *size)
-    with torch.no_grad():
-        write(weight, conv.weight)
-    replace_storage(conv.weight, weight, write)
-    conv.kernel_size = size
+    set_kernel(conv, size)
     if any(a < b for a, b in zip(size, before, strict=True)):
         edit.details["function_kept"] = False
     edit.done(path, f"kernel_size {before} -> {size}")
@@ -268,13 +273,10 @@ def _bias(edit: Edit, path: str, name: str, value: Any) -> None:
     if value == (layer.bias is not None):
         return
     if value:
-        size = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-        layer._parameters["bias"] = nn.Parameter(layer.weight.new_zeros(size).detach())
-        added(layer.bias, layer.weight)
+        add_bias(layer)
         edit.done(path, "bias added, at zero")
     else:
-        removed(layer.bias)
-        layer._parameters["bias"] = None
+        drop_bias(layer)
         edit.details["function_kept"] = False
         edit.done(path, "bias removed")
 
@@ -284,6 +286,7 @@ def _bias(edit: Edit, path: str, name: str, value: Any) -> None:
 
 def _norm_groups(edit: Edit, path: str, name: str, groups: Any) -> None:
     norm: Any = edit.module(path)
+    require_plain_groups(norm, path, name)
     groups = _integer(path, name, groups)
     if norm.num_channels % groups:
         raise SurgeryError(f"{path!r}: num_groups: expected a divisor of {norm.num_channels} channels, got {groups}.")

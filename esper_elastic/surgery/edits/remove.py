@@ -8,16 +8,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..convert.restore import as_it_was
-from ..errors import TopologyError
+from ...control import Axis
+from ...convert.restore import as_it_was
+from ...errors import TopologyError
+from ..elastic.elastic import let_go
+from ..trial.calls import TensorSpec
+from ..undo import added, removed
 from .bridges import Pass, Projection
-from .calls import TensorSpec
 from .edit import Edit
 from .edited import EDITS, Edits, edits_of, first_tensor, gate_name, release, set_removed
 from .folding import fold, foldable, neighbours
 from .insert import NEUTRAL, channel_axis, declared
+from .joining import active_part, active_shape, axis_of, follow, same
 from .skip import Skip, drop_skip
-from .undo import added, removed
+
+#: What a layer's input and output run along.
+_Axes = tuple[Axis | None, Axis | None]
 
 
 def remove_layer(edit: Edit, path: str) -> None:
@@ -27,7 +33,8 @@ def remove_layer(edit: Edit, path: str) -> None:
     if isinstance(layer, Skip):
         raise TopologyError(f"{path!r} is a skip connection: use remove_skip_connection.")
     folded = _fold(edit, path, layer)
-    bridge = Pass() if folded is not None else _bridge_for(edit, path, layer)
+    axes = axis_of(edit, path, "in"), axis_of(edit, path, "out")
+    bridge = Pass() if folded is not None else _bridge_for(edit, path, layer, axes)
     if folded is None:
         edit.details["function_kept"] = isinstance(layer, NEUTRAL)
     passes = "its input goes on as it is" if isinstance(bridge, Pass) else "a projection takes its place"
@@ -36,13 +43,14 @@ def remove_layer(edit: Edit, path: str) -> None:
     for name in names:
         _take_out(edit, name, bridge)
     edit.replace(layer, bridge)
+    near = edit.neighbour(layer, edit.module(path.rpartition(".")[0]))
+    for parameter in bridge.parameters():
+        added(parameter, near)
     kept = {id(p) for p in edit.model.parameters()}
     for parameter in layer.parameters():
         if id(parameter) not in kept:
             removed(parameter)
-    parent = edit.module(path.rpartition(".")[0])
-    for parameter in bridge.parameters():
-        added(parameter, edit.neighbour(parent))
+    let_go(layer, edit.model)
     edit.touch(path.rpartition(".")[0])
     edit.done(path, f"removed; {folded or passes}")
 
@@ -50,7 +58,7 @@ def remove_layer(edit: Edit, path: str) -> None:
 # Bridges
 
 
-def _bridge_for(edit: Edit, path: str, layer: nn.Module) -> Pass | Projection:
+def _bridge_for(edit: Edit, path: str, layer: nn.Module, axes: _Axes) -> Pass | Projection:
     """What stands in for a layer: its input where shapes agree, otherwise a projection.
 
     Raises:
@@ -58,7 +66,7 @@ def _bridge_for(edit: Edit, path: str, layer: nn.Module) -> Pass | Projection:
     """
     call = edit.call(path)
     if call is None:
-        return _bridge_unseen(edit, path, layer)
+        return _bridge_unseen(edit, path, layer, axes)
     length = len(call.result) if type(call.result) is tuple else None
     first, second = _floating(call.args or call.kwargs), _floating(call.result if length is None else call.result[:1])
     if first is None or second is None or not isinstance(call.result, tuple | TensorSpec):
@@ -66,30 +74,36 @@ def _bridge_for(edit: Edit, path: str, layer: nn.Module) -> Pass | Projection:
             f"{path!r} ({type(layer).__name__}): cannot bridge it: expected a layer that takes a floating tensor and gives one, or a tuple "
             "that begins with one. Remove the module around it."
         )
-    if first == second:
+    if first == second and same(*axes):
         return Pass(length)
     if len(first) != len(second) or first[0] != second[0]:
         raise TopologyError(
             f"{path!r} ({type(layer).__name__}): cannot bridge from shape {first} to {second}. Remove the module around it."
         )
-    axis = channel_axis(layer, len(first))
-    bridge = Projection(first[axis], second[axis], first, second, axis == -1, length).to(**edit.like(layer))
+    index = channel_axis(layer, len(first))
+    have, want = (active_shape(shape, index, axis)[index] for shape, axis in zip((first, second), axes, strict=True))  # type: ignore[index]
+    bridge = Projection(have, want, first, second, index == -1, length, not same(*axes)).to(**edit.like(layer))
     bridge.train(layer.training)
     if bridge.map is not None:
-        _fit(edit, layer, bridge)
+        _fit(edit, layer, bridge, axes)
+        follow(bridge.map, *axes)
     return bridge
 
 
-def _bridge_unseen(edit: Edit, path: str, layer: nn.Module) -> Pass | Projection:
+def _bridge_unseen(edit: Edit, path: str, layer: nn.Module, axes: _Axes) -> Pass | Projection:
     """What stands in for a layer of which nothing is known but what it says of itself."""
     edit.warn(f"the shapes that {path} takes and gives are unknown without example inputs")
-    have, want = declared(layer, "in"), declared(layer, "out")
-    if have == want or have is None or want is None:
+    sizes = declared(layer, "in"), declared(layer, "out")
+    have, want = (size if axis is None else axis.active for size, axis in zip(sizes, axes, strict=True))
+    if have is None or want is None or (have == want and same(*axes)):
         return Pass()
     rank = layer.weight.dim() if isinstance(layer.weight, Tensor) else 2
-    axis = channel_axis(layer, rank)
+    index = channel_axis(layer, rank)
     ones = (1,) * rank
-    return Projection(have, want, ones, ones, axis == -1).to(**edit.like(layer)).train(layer.training)
+    bridge = Projection(have, want, ones, ones, index == -1, mapped=True).to(**edit.like(layer)).train(layer.training)
+    assert bridge.map is not None
+    follow(bridge.map, *axes)
+    return bridge
 
 
 def _floating(specs: Any) -> tuple[int, ...] | None:
@@ -99,39 +113,40 @@ def _floating(specs: Any) -> tuple[int, ...] | None:
 
 
 class _Seen(Exception):
-    """Ends a run where the layer has been seen."""
+    """Ends a run where the layer has been seen: with what it took and what it gave."""
 
 
-def _fit(edit: Edit, layer: nn.Module, bridge: Projection) -> None:
+class _Watched:
+    """Mixed in before a layer's own class for one run."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Seen((args, kwargs), super().__call__(*args, **kwargs))  # type: ignore[misc]
+
+
+def _fit(edit: Edit, layer: Any, bridge: Projection, axes: _Axes) -> None:
     """Fit a projection to what a layer does, by least squares on one calibration batch; where none is known it stays as drawn."""
-    batch = edit.batch
     if edit.repeats:
         return
-    if batch is None:
+    if edit.batch is None:
         edit.warn("no input of the model is known: the projection in the layer's place starts with random weights")
         return
-    seen: list[Tensor] = []
-
-    def see(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        x, y = first_tensor((args, kwargs)), first_tensor(result)
-        assert x is not None and y is not None
-        seen.extend((bridge.resample(x), y))
-        raise _Seen
-
-    hook = layer.register_forward_hook(see, with_kwargs=True)
+    kind, seen = type(layer), None
     try:
         with as_it_was(edit.model), torch.no_grad():
             for module in edit.model.modules():
                 module.training = False
-            edit.model(*batch[0], **batch[1])
-    except _Seen:
-        pass
+            layer.__class__ = type(kind.__name__, (_Watched, kind), {})
+            edit.model(*edit.batch[0], **edit.batch[1])
+    except _Seen as found:
+        seen = first_tensor(found.args[0]), first_tensor(found.args[1])
     finally:
-        hook.remove()
-    if len(seen) != 2:
+        layer.__class__ = kind
+    if seen is None or seen[0] is None or seen[1] is None:
         edit.warn("the layer did not run on the calibration batch: the projection in its place starts with random weights")
         return
-    x, y = (tensor.movedim(-1 if bridge.last else 1, -1).flatten(0, -2).double() for tensor in seen)
+    index = -1 if bridge.last else 1
+    given = active_part(bridge.resample(seen[0]), index, axes[0]), active_part(seen[1], index, axes[1])
+    x, y = (tensor.movedim(index, -1).flatten(0, -2).double() for tensor in given)
     with torch.no_grad():
         solved = torch.linalg.lstsq(torch.cat([x, x.new_ones(len(x), 1)], 1).cpu(), y.cpu(), driver="gelsd").solution.T
         assert isinstance(bridge.map, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and bridge.map.bias is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -75,17 +75,12 @@ def _like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return made.uniform_(-spread, spread).add_(float(values.mean())).to(tensor.dtype)
 
 
-@contextlib.contextmanager
-def _drawing_from(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+def _drawing_from(generator: torch.Generator | None, device: torch.device) -> contextlib.ExitStack:
     """Have initialisers, which know torch's own generators alone, draw from another for a while."""
-    if generator is None:
-        yield
-        return
-    own = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
-    kept = own.get_state()
-    own.set_state(generator.get_state())
-    try:
-        yield
-        generator.set_state(own.get_state())
-    finally:
-        own.set_state(kept)
+    end = contextlib.ExitStack()
+    if generator is not None:
+        own = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
+        end.callback(own.set_state, own.get_state())
+        end.callback(lambda: generator.set_state(own.get_state()))
+        own.set_state(generator.get_state())
+    return end

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import TopologyError
+from ...errors import TopologyError
 from . import newborn
 from .coupling import Scope
 from .tensors import Write, zeros

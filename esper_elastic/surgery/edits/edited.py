@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TopologyError
+from ...errors import TopologyError
 
 #: The name of the child that holds what was inserted at a module.
 EDITS = "edits"
@@ -81,6 +81,12 @@ class Edits(nn.ModuleDict):
         while f"{kind}_{number}" in self._modules:
             number += 1
         return f"{kind}_{number}"
+
+    def extra_repr(self) -> str:
+        """What is not seen among the children."""
+        removed = f"removed: {', '.join(self.bridges)}" if self.bridges else ""
+        sources = f"source of {len(self.taps)} skip{'s' if len(self.taps) > 1 else ''}" if self.taps else ""
+        return "; ".join(text for text in (removed, sources) if text)
 
     @property
     def empty(self) -> bool:

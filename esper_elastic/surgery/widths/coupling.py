@@ -13,15 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..convert.axes import Axes, short
-from ..convert.comparison import Mismatch
-from ..convert.planner import keep_recurrent
-from ..convert.structure import Atom, Concat, Structure, atoms, measure, resolve, size, stiffen
-from ..convert.trace import Example, Node, Run, Value, owned_tensors
-from ..convert.verify import Mode, Place, Verification
-from ..errors import ConversionError
+from ...convert.axes import Axes, short
+from ...convert.comparison import Mismatch
+from ...convert.planner import keep_recurrent
+from ...convert.restore import plain_modules
+from ...convert.structure import Atom, Concat, Structure, atoms, measure, resolve, size, stiffen
+from ...convert.trace import Example, Node, Run, Value, owned_tensors
+from ...convert.verify import Mode, Place, Verification
+from ...errors import ConversionError
+from ..trial.calls import Calls
 from .alone import Alone, Arguments, arguments_of, own_paths
-from .calls import Calls
 
 
 class Refused(Exception):
@@ -296,7 +297,7 @@ class Scope:
 
     def _unread(self) -> Iterator[tuple[Place, Structure]]:
         """Numbers kept by modules of the user's own beside a coupled tensor, equal to the size of that axis and of no other."""
-        for module in self.module.modules():
+        for module in plain_modules(self.module):
             own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
             if type(module).__module__.startswith("torch.nn.") or not own:
                 continue

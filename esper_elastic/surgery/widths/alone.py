@@ -10,12 +10,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ..convert.comparison import kind
-from ..convert.trace import Example, Run, in_mode, run
-from ..convert.verify import Mode
-from ..errors import ConversionError
-from .calls import Calls, TensorSpec
-from .memory import settings_of
+from ...convert.comparison import kind
+from ...convert.trace import Example, Run, in_mode, run
+from ...convert.verify import Mode
+from ...errors import ConversionError
+from ..trial.calls import Calls, TensorSpec
+from ..trial.memory import settings_of
 
 #: In evaluation first; in training where code may take another path there.
 MODES = (Mode(False, True), Mode(True, True))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..layers import ElasticLayer, Switchable
+from ...layers import ElasticLayer, Switchable
 from .calls import Calls
 
 _SCALARS = frozenset((int, float, bool, str, type(None), torch.dtype))

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..convert.structure import forget_history
-from ..convert.trace import Example, owned_tensors
-from ..errors import TopologyError
+from ...convert.structure import forget_history
+from ...convert.trace import Example, owned_tensors
+from ...errors import TopologyError
+from ..trial.calls import Calls
+from ..trial.trial import look
 from .alone import Arguments, alike, note_alike
-from .calls import Calls
 from .coupling import KeptByCode, Refused, Scope
 from .resizing import Stretches, attributes_of, changes_of, check_owners
 from .tensors import replace_storage
-from .trial import look
 
 
 class Binding(NamedTuple):

@@ -12,16 +12,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ..convert.arguments import nearest
-from ..convert.trace import Example, Run, quiet, run
-from ..errors import ConversionError, TopologyError
-from . import widths
-from .calls import Calls, CallSpec, TensorSpec
-from .compiled import plain_path
+from ...convert.arguments import nearest
+from ...convert.trace import Example, Run, quiet, run
+from ...errors import ConversionError, TopologyError
+from ...layers import ElasticLayer
+from ..compiled import plain_path
+from ..examples import from_data, to_data
+from ..trial.calls import Calls, CallSpec, TensorSpec
+from ..trial.inputs import known_inputs
+from ..trial.trial import calls_of, smallest_closed
+from ..widths import widths
 from .edited import EDITS, Edits
-from .examples import from_data, to_data
-from .inputs import known_inputs
-from .trial import calls_of, smallest_closed
 
 
 class Edit:
@@ -38,6 +39,8 @@ class Edit:
         details: what the surgeon's result tells.
         steps: what it has done, a line each.
         warnings: what could not be checked.
+        said: what a journal says of the edit that this one repeats.
+        widths: of an elastic model's dims when the edit was made, by name.
     """
 
     def __init__(self, model: nn.Module, given: Any = None, *, preserve: bool = True, repeats: dict[str, Any] | None = None) -> None:
@@ -45,6 +48,8 @@ class Edit:
         self.given = given
         self.preserve = preserve
         self.repeats = repeats is not None
+        self.said = repeats or {}
+        self.widths: dict[str, int] = {}
         if repeats is not None and "inputs" in repeats:
             self.batch = from_data(repeats["inputs"])
         self.name = ""
@@ -65,6 +70,11 @@ class Edit:
         if path in self.paths:
             return path
         return {plain_path(known): known for known in self.paths}.get(plain_path(path), path)
+
+    @functools.cached_property
+    def elastic(self) -> bool:
+        """Whether the model holds elastic layers."""
+        return any(isinstance(module, ElasticLayer) for module in self.model.modules())
 
     def module(self, path: str) -> nn.Module:
         """The module of a path.
@@ -108,9 +118,9 @@ class Edit:
                     return {"device": parameter.device, "dtype": parameter.dtype}
         return {}
 
-    def neighbour(self, module: nn.Module) -> nn.Parameter | None:
-        """A trainable parameter of a module, whose optimizer group new ones join."""
-        return next((parameter for parameter in module.parameters() if parameter.requires_grad), None)
+    def neighbour(self, *modules: nn.Module) -> nn.Parameter | None:
+        """The first trainable parameter of some modules, whose optimizer group new ones join."""
+        return next((parameter for module in modules for parameter in module.parameters() if parameter.requires_grad), None)
 
     # What is known of calls
 
@@ -180,6 +190,17 @@ class Edit:
         except ConversionError:
             return None
 
+    def run_of_all(self, path: str = "") -> Run | None:
+        """A recorded run of the model, whichever module it is wanted for, if its inputs are known."""
+        if self.batch is None:
+            return None
+        example = Example(())
+        example.args, example.kwargs = self.batch
+        try:
+            return run(self.model, example, grad=False)
+        except ConversionError:
+            return None
+
     @functools.cached_property
     def batch(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Arguments to run the model on, if known."""
@@ -205,7 +226,7 @@ class Edit:
     def to_journal(self) -> dict[str, Any]:
         """What a journal has to say so that the edit can be repeated."""
         data = None if self.batch is None else to_data(*self.batch)
-        return {} if data is None else {"inputs": data}
+        return ({} if data is None else {"inputs": data}) | ({"widths": self.widths} if self.elastic else {})
 
     def shape_in(self, path: str) -> tuple[int, ...] | None:
         """The shape of the first tensor that a module is called with, if known."""
@@ -233,7 +254,7 @@ class Edit:
         """
         if self._touched:
             self.try_out()
-        coupled = widths.find(self.model, tensor, axis, self.inputs, size=size, returned=returned, calls=self.calls)
+        coupled = self._find(tensor, axis, size, returned)
         coupled.resize(size, preserve=self.preserve)
         if size < coupled.size:
             self.details["function_kept"] = False
@@ -242,6 +263,21 @@ class Edit:
             step = sum(inner for moves, inner in binding.stretches if moves)
             self.steps.append(f"{binding}: {abs(difference * step)} {'more' if difference > 0 else 'fewer'}")
         self.touch(coupled.scope)
+
+    def _find(self, tensor: str, axis: int, size: int, returned: bool) -> widths.Coupled:
+        try:
+            coupled = widths.find(self.model, tensor, axis, self.inputs, size=size, returned=returned, calls=self.calls)
+        except TopologyError as error:
+            if not self.elastic:
+                raise
+            raise TopologyError(f"{error} Elastic layers follow their dims: ee.dims(model).") from error
+        for binding in coupled.bindings:
+            if isinstance(self.model.get_submodule(binding.path), ElasticLayer):
+                raise TopologyError(
+                    f"{tensor}[{axis}]: its size cannot change: the elastic layer {binding.path!r} would have to follow it, and follows "
+                    "its dims alone. Resize those: ee.dims(model)."
+                )
+        return coupled
 
     def replace(self, layer: nn.Module, made: nn.Module) -> None:
         """Let a module take another one's place under each of its names, and in attributes that name it, alone or in a list or dict."""

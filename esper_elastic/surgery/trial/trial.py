@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import SurgeryError
+from ...errors import SurgeryError
 from .calls import Calls, CallSpec, Failure, TensorSpec, spec_of
 from .inputs import known_inputs
 from .memory import memory_of, stamp_of

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..control import Axis, DerivedAxis, ElasticDim, exact_int, keep_for_graphs, segments_at, set_capacity
-from ..convert import PLAN
-from ..errors import SurgeryError, TopologyError
-from ..layers import ElasticLayer
-from ..layers.units import blocks, places
-from .tensors import replace_storage, zeros
+from ...control import Axis, DerivedAxis, ElasticDim, exact_int, keep_for_graphs, segments_at, set_capacity
+from ...convert import PLAN
+from ...errors import SurgeryError, TopologyError
+from ...layers import ElasticLayer
+from ...layers.units import blocks, places
+from ..widths.tensors import replace_storage, zeros
 
 #: What of an axis stays: ``(start before, start afterwards, length)`` of each stretch.
 Moves = tuple[tuple[int, int, int], ...]
@@ -188,18 +188,9 @@ def _written(
 
 
 def _derived(model: nn.Module, dim: ElasticDim) -> list[DerivedAxis]:
-    """The axes derived from the dim that modules hold: those of layers, and those among the attributes of any module."""
-    found: dict[int, DerivedAxis] = {}
-    for module in model.modules():
-        held: list[Any] = list(vars(module).values())
-        if isinstance(module, ElasticLayer):
-            held += [*module._widths.axes, *(axis for _, axis in module.named_axes())]
-            held += [axis for own in module.tensor_axes().values() for axis in own]
-            held += vars(module).get("_sizes", {}).values()
-        for axis in _axes_in(held):
-            if dim in axis.dims:
-                found[id(axis)] = axis
-    return list(found.values())
+    """The axes derived from the dim that modules hold among their attributes, as layers hold theirs."""
+    held = (axis for module in model.modules() for axis in _axes_in(vars(module).values()))
+    return list({id(axis): axis for axis in held if dim in axis.dims}.values())
 
 
 def _axes_in(held: Iterable[Any]) -> Iterator[DerivedAxis]:
