@@ -244,6 +244,7 @@ def run(
     functions = _Functions(recorder)  # also without an observer: modules that ask for such a mode take another path in one
     with (
         quiet(),
+        eager(),
         as_it_was(model),
         recorder.writing_nothing(),
         recorder.watching(),
@@ -287,6 +288,11 @@ def quiet() -> contextlib.ExitStack:
     end.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore")
     return end
+
+
+def eager() -> contextlib.AbstractContextManager[Any]:
+    """Have functions that are compiled run as written."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def _swap(model: nn.Module, stand_ins: dict[int, Tensor], attributes: Mapping[tuple[nn.Module, str], Any]) -> None:

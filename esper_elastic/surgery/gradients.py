@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..convert.restore import generators_kept
-from ..convert.trace import tensors_in
+from ..convert.trace import eager, tensors_in
 from ..layers import registry
 from .trial.calls import Calls
 from .trial.inputs import Inputs
-from .trial.recording import attempt, eager, with_autograd
+from .trial.recording import attempt, with_autograd
 from .trial.twins import Twins
 
 VANISHED = 1e-12  # of the median layer's norm

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..convert.restore import plain_modules
 from ..errors import ElasticError, SurgeryError
+from .compiled import forget_compiled, plain_path
 from .edits import joining
 from .edits.edit import Edit
 from .edits.insert import add_layer
@@ -204,8 +203,8 @@ class ModelSurgeon:
         try:
             root = root_of(model)
             edit = self._make_edit(root, arguments, repeats)
-            entry = _entry(operation, arguments)
-            transaction(root, validate=False)(self._make)(operation, model, edit, arguments, entry, planned)
+            entry = _entry(operation, _named(arguments, plain_path))
+            transaction(root, validate=False)(self._make)(operation, edit, _named(arguments, edit.registered), entry, planned)
         except _Planned:
             pass
         except ElasticError as refused:
@@ -213,15 +212,15 @@ class ModelSurgeon:
         details = edit.details if edit is not None and error is None else {}
         return SurgeryResult(error is None, operation, details, 1e3 * (time.perf_counter() - start), error)
 
-    def _make(self, operation: str, model: nn.Module, edit: Edit, arguments: dict[str, Any], entry: dict[str, Any], planned: bool) -> None:
+    def _make(self, operation: str, edit: Edit, arguments: dict[str, Any], entry: dict[str, Any], planned: bool) -> None:
         self._carry_out(operation, edit, arguments)
         edit.try_out()
         edit.details |= {"name": edit.name, "steps": edit.steps, "warnings": edit.warnings}
         edit.details.setdefault("function_kept", bool(arguments.get("preserve", True)))
         if planned:
             raise _Planned
-        record(edit.model, entry | {"name": edit.name, "details": edit.to_journal()})
-        _forget_compiled(model, edit.model)
+        record(edit.model, entry | {"name": plain_path(edit.name), "details": edit.to_journal()})
+        forget_compiled(edit.model)
 
     def _make_edit(self, root: nn.Module, arguments: Mapping[str, Any], repeats: dict[str, Any] | None) -> Edit:
         preserve = arguments.get("preserve", True)
@@ -273,6 +272,18 @@ def _entry(operation: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "operation": operation, "arguments": {**arguments, **described}}
 
 
+def _named(arguments: Mapping[str, Any], name: Callable[[str], str]) -> dict[str, Any]:
+    """Arguments with other names for the modules among them."""
+    made = dict(arguments)
+    for key in ("layer_name", "from_layer", "to_layer", "name"):
+        if isinstance(made.get(key), str):
+            made[key] = name(made[key])
+    if isinstance(made.get("position"), str):
+        side, underscore, path = made["position"].partition("_")
+        made["position"] = f"{side}{underscore}{name(path)}"
+    return made
+
+
 def root_of(model: nn.Module) -> nn.Module:
     """The model itself, where a compiled one is given.
 
@@ -290,16 +301,3 @@ def root_of(model: nn.Module) -> nn.Module:
 
 
 _ACCOUNTANTS = ("DistributedDataParallel", "FullyShardedDataParallel")
-
-
-def _forget_compiled(model: nn.Module, root: nn.Module) -> None:
-    """Let what was compiled of a model be compiled anew at its next call: old versions would count against torch's limit of them."""
-    frames = sys.modules.get("torch._dynamo.eval_frame")
-    if frames is None:
-        return
-    for module in {type(module): module for module in plain_modules(root)}.values():
-        code = getattr(type(module).forward, "__code__", None)
-        if code is not None:
-            frames.reset_code(code)
-    if any(module._compiled_call_impl is not None for module in root.modules()):
-        frames.reset_code(nn.Module._call_impl.__code__)

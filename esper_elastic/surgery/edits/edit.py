@@ -16,6 +16,7 @@ from ...convert.arguments import nearest
 from ...convert.trace import Example, Run, quiet, run
 from ...errors import ConversionError, TopologyError
 from ...layers import ElasticLayer
+from ..compiled import plain_path
 from ..examples import from_data, to_data
 from ..trial.calls import Calls, CallSpec, TensorSpec
 from ..trial.inputs import known_inputs
@@ -63,6 +64,12 @@ class Edit:
     def paths(self) -> dict[str, nn.Module]:
         """Every module under each of its names, as they were when the edit began."""
         return dict(self.model.named_modules(remove_duplicate=False))
+
+    def registered(self, path: str) -> str:
+        """The path of a module as it is registered: with the names of wrappers of ``torch.compile``, where it was given without."""
+        if path in self.paths:
+            return path
+        return {plain_path(known): known for known in self.paths}.get(plain_path(path), path)
 
     @functools.cached_property
     def elastic(self) -> bool:

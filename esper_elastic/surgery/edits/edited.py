@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import operator
 import threading
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -114,33 +115,20 @@ class Carrier:
     """Takes a module's output along to a skip further on in the same pass through the model; each thread has its own."""
 
     def __init__(self) -> None:
-        self._here = threading.local()
-        self._compiled: Tensor | None = None
+        self._here = threading.local()  # which torch.compile knows, across breaks of its graphs too
 
     def put(self, value: Tensor | None) -> None:
         """Keep a value for :meth:`take`."""
-        if torch.compiler.is_compiling():
-            self._compiled = value
-        else:
-            self._here.value = value
+        self._here.value = value
 
     def take(self) -> Tensor | None:
         """The value, which is let go; ``None`` if there is none."""
-        value = self._compiled
-        if value is not None:
-            self._compiled = None
-            return value
-        return self._take_here()
-
-    def _take_here(self) -> Tensor | None:
-        return self._here.__dict__.pop("value", None)
+        value: Tensor | None = getattr(self._here, "value", None)
+        self._here.value = None
+        return value
 
     def __reduce__(self) -> Any:
         return Carrier, ()
-
-
-# As torch.compiler.disable does, which would import the compiler for it.
-Carrier._take_here._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 # Classes
@@ -312,6 +300,7 @@ def edited_class(original: type[nn.Module], removed: tuple[str, ...] = ()) -> An
     elif issubclass(original, nn.ModuleDict):
         base = _Dictionary
     body: dict[str, Any] = {"original": original, "removed": removed, "__module__": original.__module__, "__doc__": original.__doc__}
+    body["__call__"] = _own_code(Edited.__call__)
     if hasattr(original, "__deepcopy__"):
         body["__deepcopy__"] = _deepcopy
     if base is Edited:
@@ -320,6 +309,11 @@ def edited_class(original: type[nn.Module], removed: tuple[str, ...] = ()) -> An
     made = _kind_for(metaclass)(original.__name__, (base, original), body)
     made.__qualname__ = original.__qualname__
     return made
+
+
+def _own_code(function: Any) -> Any:
+    """The same function with a code object to itself: ``torch.compile`` keeps count of what it compiles by these."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__)
 
 
 def _bridge(name: str) -> property:

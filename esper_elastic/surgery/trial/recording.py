@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ...convert.restore import generators_kept
-from ...convert.trace import quiet, tensors_in
+from ...convert.trace import eager, quiet, tensors_in
 from ...errors import SurgeryError
 from .calls import PLAIN, Calls, CallSpec, Failure, TensorSpec, spec_of, specs_of
 from .shapes import RULES, SAME_TYPE, fake_tensor, require_same_type
@@ -360,11 +359,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "group_norm": ("input", "", "weight", "bias"),
     "embedding": ("input", "weight"),
 }
-
-
-def eager() -> contextlib.AbstractContextManager[Any]:
-    """Have functions that are compiled run as written."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 def with_autograd(enabled: bool) -> contextlib.ExitStack:
