@@ -89,7 +89,8 @@ def assert_rolled_back(name: str, once: int, persistently: int) -> None:
     generator = random.Random(name)
     for edit in EDITS[name]:
         given, functions = edit.fresh(), Functions()
-        gc.collect()  # control blocks hold dims weakly: those that nobody has any more are no part of what is compared
+        if name.startswith("elastic_"):
+            gc.collect()  # control blocks hold dims weakly: those that nobody has any more are no part of what is compared
         around, before = surroundings(), scene.print(*given)
         assert not ask_in_vain(edit, scene, given, alone, functions)
         assert_same(scene.print(*given), before)
