@@ -21,8 +21,8 @@ from training import ALONE, EDITS, Edit, Scene
 
 import esper_elastic as ee
 from esper_elastic.layers.state import JOURNAL, call_under_way
-from esper_elastic.surgery import undo
-from esper_elastic.surgery.edits.edited import Edits
+from esper_elastic.surgery import known, undo
+from esper_elastic.surgery.edited import Edits
 
 FAMILIES = [name for name in EDITS if name != "tiny"]
 
@@ -122,6 +122,23 @@ def test_an_edit_that_is_interrupted_leaves_no_trace(name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_edit_that_is_interrupted_at_many_lines_leaves_no_trace(name):
     assert_rolled_back(name, once=40, persistently=20)
+
+
+def test_what_is_known_of_calls_is_dropped_where_taking_in_an_edit_fails(monkeypatch):
+    """It would be of the model as the edit had it, and the next one would read it."""
+    scene = Scene("resnet")
+    modify = EDITS["resnet"][1]
+
+    def fail(runs: Any) -> Any:
+        raise Interrupt
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        patch.setattr(known, "_every_call", fail)
+        ask(modify, scene, modify.fresh(), False)
+    remembered, found = known.calls_of(scene.model, (scene.inputs,)), known.Calls(scene.model, (scene.inputs,))
+    assert remembered.given.keys() == found.given.keys()
+    for path, calls in found.given.items():
+        assert [call.args[0].shape for call in remembered.given[path]] == [call.args[0].shape for call in calls]
 
 
 # Every line of one small model
