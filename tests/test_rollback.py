@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from esper_elastic.surgery.edited import Edits
 from fingerprint import assert_same
 from interrupting import PACKAGE, At, Functions, Lines
 from torch import nn
@@ -22,7 +23,6 @@ from training import ALONE, EDITS, Edit, Scene
 import esper_elastic as ee
 from esper_elastic.layers.state import JOURNAL, call_under_way
 from esper_elastic.surgery import known, undo
-from esper_elastic.surgery.edited import Edits
 
 FAMILIES = [name for name in EDITS if name != "tiny"]
 
