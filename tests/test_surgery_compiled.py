@@ -260,6 +260,30 @@ def test_more_modules_of_many_classes_may_be_edited_than_torch_compiles_one_func
     assert counter.frame_count == len(kinds)
 
 
+def test_what_runs_after_a_break_in_the_graph_is_edited_more_often_than_torch_compiles_one_function_for() -> None:
+    model, counter, x = net(), CompileCounterWithBackend("eager"), images(2)
+    runs, hand = broken(model, counter), ee.ModelSurgeon(images())
+    runs(x)
+    for size in range(3, 23, 2):
+        assert hand.modify_layer(model, "fc1", {"out_features": size})
+        count = counter.frame_count
+        torch.testing.assert_close(runs(x), eager(runs, x))
+        assert counter.frame_count > count
+
+
+def test_a_trial_does_not_run_what_is_compiled() -> None:
+    """Torch would mark it as code that cannot be compiled, since it does not compile on fake tensors."""
+    model, counter, x = net(), CompileCounterWithBackend("eager"), images(2)
+    model.blocks = whole(model.blocks, counter)
+    model(x)
+    for size in (14, 16):
+        assert ee.ModelSurgeon(images()).modify_layer(model, "conv2", {"out_channels": size})
+        code = torch._dynamo.external_utils.wrap_inline(model).__code__
+        before = len(torch._dynamo.eval_frame._debug_get_cache_entry_list(code))
+        torch.testing.assert_close(model(x), eager(model, x))
+        assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(code)) == before + 1
+
+
 def test_another_model_is_not_compiled_anew() -> None:
     class Other(nn.Module):
         def __init__(self) -> None:
