@@ -30,9 +30,9 @@ def block(chance: random.Random) -> str:
 
 
 EDITS: dict[str, Edit] = {
-    "a convolution added": lambda s, m, c: s.add_layer(m, f"after_{(path := block(c))}.bn2", square(m.get_submodule(f"{path}.bn2"))),
+    "a convolution added": lambda s, m, c: s.add_layer(m, f"after_{(path := block(c))}.bn2", square(m.get_submodule(f"{path}.conv3"))),
     "an activation added": lambda s, m, c: s.add_layer(m, f"after_{block(c)}", nn.GELU()),
-    "a wider convolution added": lambda s, m, c: s.add_layer(m, f"after_{(path := block(c))}.bn1", wider(m.get_submodule(f"{path}.bn1"))),
+    "a wider convolution added": lambda s, m, c: s.add_layer(m, f"after_{(path := block(c))}.bn1", wider(m.get_submodule(f"{path}.conv2"))),
     "a batch norm removed": lambda s, m, c: s.remove_layer(m, next(p for p, k in m.named_modules() if p.endswith(".bn3"))),
     "a block removed": lambda s, m, c: s.remove_layer(
         m, next(p for p in ("layer3.5", "layer3.4", "layer3.3", "layer2.3", "layer2.2", "layer1.2") if has(m, p))
@@ -58,12 +58,13 @@ def has(model: nn.Module, path: str) -> bool:
     return path in dict(model.named_modules())
 
 
-def square(norm: Any) -> nn.Module:
-    return nn.Conv2d(norm.num_features, norm.num_features, 3, padding=1)
+def square(behind: Any) -> nn.Module:
+    """A convolution that gives what it takes, before ``behind``."""
+    return nn.Conv2d(behind.in_channels, behind.in_channels, 3, padding=1)
 
 
-def wider(norm: Any) -> nn.Module:
-    return nn.Conv2d(norm.num_features, norm.num_features + 32, 1)
+def wider(behind: Any) -> nn.Module:
+    return nn.Conv2d(behind.in_channels, behind.in_channels + 32, 1)
 
 
 def trained() -> tuple[nn.Module, torch.optim.Optimizer, ee.ModelSurgeon]:
