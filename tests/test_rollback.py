@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from esper_elastic.surgery.edited import Edits
 from fingerprint import assert_same
 from interrupting import PACKAGE, At, Functions, Lines
 from torch import nn
@@ -22,7 +21,8 @@ from training import ALONE, EDITS, Edit, Scene
 
 import esper_elastic as ee
 from esper_elastic.layers.state import JOURNAL, call_under_way
-from esper_elastic.surgery import known, undo
+from esper_elastic.surgery import undo
+from esper_elastic.surgery.edits.edited import Edits
 
 FAMILIES = [name for name in EDITS if name != "tiny"]
 
@@ -100,7 +100,8 @@ def assert_rolled_back(name: str, once: int, persistently: int) -> None:
             interrupted += ask_in_vain(edit, scene, given, alone, At(*place, persistent=attempt >= once))
             try:
                 assert surroundings() == around
-                assert not any(vars(tap._here) for each in scene.model.modules() if isinstance(each, Edits) for tap in each.taps)
+                carried = [vars(tap._here).get("value") for each in scene.model.modules() if isinstance(each, Edits) for tap in each.taps]
+                assert all(value is None for value in carried)
                 assert_same(scene.print(*given), before)
             except AssertionError as error:
                 raise AssertionError(f"{edit.operation}, interrupted at {place}, {attempt >= once}: {error}") from error
@@ -124,31 +125,13 @@ def test_an_edit_that_is_interrupted_at_many_lines_leaves_no_trace(name):
     assert_rolled_back(name, once=40, persistently=20)
 
 
-def test_what_is_known_of_calls_is_dropped_where_taking_in_an_edit_fails(monkeypatch):
-    """It would be of the model as the edit had it, and the next one would read it."""
-    scene = Scene("resnet")
-    modify = EDITS["resnet"][1]
-
-    def fail(runs: Any) -> Any:
-        raise Interrupt
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupt):
-        patch.setattr(known, "_every_call", fail)
-        ask(modify, scene, modify.fresh(), False)
-    remembered, found = known.calls_of(scene.model, (scene.inputs,)), known.Calls(scene.model, (scene.inputs,))
-    assert remembered.given.keys() == found.given.keys()
-    for path, calls in found.given.items():
-        assert [call.args[0].shape for call in remembered.given[path]] == [call.args[0].shape for call in calls]
-
-
 # Every line of one small model
 
 
 #: Where what is undone is written, noted and published; elsewhere models are looked at and run on tensors without values.
 WRITING = tuple(
-    f"{PACKAGE}/surgery/{name}.py"
-    for name in ("surgeon", "transaction", "undo", "surroundings", "following", "edited", "journal", "insert", "remove", "modify", "skip")
-)
+    f"{PACKAGE}/surgery/{name}.py" for name in ("surgeon", "transaction", "undo", "surroundings", "following", "journal")
+) + tuple(f"{PACKAGE}/surgery/edits/{name}.py" for name in ("edited", "insert", "remove", "modify", "skip"))
 
 
 def assert_before_or_whole(edit: Edit, alone: bool, persistent: bool, samples: int) -> None:

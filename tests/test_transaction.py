@@ -27,11 +27,10 @@ class Verdict:
         self.is_valid, self.errors, self.warnings = not errors, list(errors), list(warnings)
 
 
-class Validators(types.ModuleType):
+class Validators:
     """Stands in for the validators: notes what it is asked, and says what it is told to."""
 
     def __init__(self) -> None:
-        super().__init__("esper_elastic.surgery.validators")
         self.asked: list[Any] = []
         self.graph, self.dimensions = Verdict(), Verdict()
 
@@ -45,7 +44,7 @@ class Validators(types.ModuleType):
 @pytest.fixture(autouse=True)
 def validators(monkeypatch):
     stand_in = Validators()
-    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    monkeypatch.setattr(sys.modules["esper_elastic.surgery.transaction"], "SurgeryValidator", stand_in.SurgeryValidator)
     yield stand_in
     assert undo.open_transactions == []
 
@@ -169,10 +168,10 @@ def test_what_is_not_valid_is_rolled_back(check, validators):
     assert_twin(scene, twin)
 
 
-def test_a_validator_that_fails_is_a_failure(validators):
+def test_a_validator_that_fails_is_a_failure(monkeypatch):
     scene = plain()
     before = scene.print()
-    validators.SurgeryValidator = lambda example_inputs: 1 / 0
+    monkeypatch.setattr(sys.modules["esper_elastic.surgery.transaction"], "SurgeryValidator", lambda example_inputs: 1 / 0)
     with pytest.raises(ZeroDivisionError), transaction(scene.model, **scene.followers()):
         edit_plain(scene.model)
     assert_same(scene.print(), before)
