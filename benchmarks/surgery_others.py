@@ -1,12 +1,15 @@
 """The same change of a live ResNet-50 by others: what it takes, what the first step after it takes, and what becomes of the optimizer.
 
-``python benchmarks/surgery_others.py`` writes ``results/surgery_others.md``. Torch-Pruning is measured where it is installed.
+``python benchmarks/surgery_others.py`` writes ``results/surgery_others.md``. Torch-Pruning (``pip install torch-pruning``) and NVIDIA
+Model-Optimizer (``pip install nvidia-modelopt``) are measured where they are installed.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import statistics
 import sys
@@ -29,16 +32,27 @@ PATH = "layer3.1.conv1"
 WIDER, NARROWER = 320, 192
 
 
+Trained = tuple[nn.Module, torch.optim.Optimizer]
+
+
 class Way(NamedTuple):
-    """One way to make a change: ``change`` gives the model and the optimizer to go on with."""
+    """One way to make a change.
+
+    Attributes:
+        name: what it is called in the table.
+        change: gives the model and the optimizer to go on with.
+        package: that it needs.
+        prepare: what is done once for a model before it is trained, beside what is timed.
+    """
 
     name: str
-    change: Callable[[nn.Module, torch.optim.Optimizer, Tensor], tuple[nn.Module, torch.optim.Optimizer]]
-    state: str
+    change: Callable[[nn.Module, torch.optim.Optimizer, Tensor], Trained]
+    package: str = ""
+    prepare: Callable[[nn.Module, Tensor], nn.Module] | None = None
 
 
-def ours(width: int) -> Callable[..., tuple[nn.Module, torch.optim.Optimizer]]:
-    def change(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> tuple[nn.Module, torch.optim.Optimizer]:
+def ours(width: int) -> Callable[..., Trained]:
+    def change(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Trained:
         with ee.transaction(model, optimizer, validate=False):
             assert ee.ModelSurgeon(x).modify_layer(model, PATH, {"out_channels": width})
         return model, optimizer
@@ -46,7 +60,12 @@ def ours(width: int) -> Callable[..., tuple[nn.Module, torch.optim.Optimizer]]:
     return change
 
 
-def rebuild(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> tuple[nn.Module, torch.optim.Optimizer]:
+def resize(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Trained:
+    ee.dims(model)[PATH].resize(NARROWER)
+    return model, optimizer
+
+
+def rebuild(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Trained:
     """By hand, as one does who knows the network: a new one with the three layers changed, weights copied, a new optimizer."""
     made = BIG["resnet50"].build()
     block: Any = made.get_submodule(PATH.rpartition(".")[0])
@@ -60,7 +79,7 @@ def rebuild(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> tu
     return made, torch.optim.AdamW(made.parameters(), 1e-3)
 
 
-def prune(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> tuple[nn.Module, torch.optim.Optimizer]:
+def prune(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Trained:
     pruning = importlib.import_module("torch_pruning")
     graph = pruning.DependencyGraph().build_dependency(model, example_inputs=x)
     conv = model.get_submodule(PATH)
@@ -68,34 +87,70 @@ def prune(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> tupl
     return model, torch.optim.AdamW(model.parameters(), 1e-3)
 
 
+def searchable(model: nn.Module, x: Tensor) -> nn.Module:
+    made: nn.Module = importlib.import_module("modelopt.torch.nas").convert(model, mode="fastnas")
+    return made
+
+
+def select(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Trained:
+    importlib.import_module("modelopt.torch.nas").select(model, {f"{PATH}.out_channels": NARROWER}, strict=False)
+    return model, optimizer
+
+
+def convert_and_export(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Trained:
+    made, _ = select(searchable(model, x), optimizer, x)
+    made = importlib.import_module("modelopt.torch.nas").export(made)
+    return made, torch.optim.AdamW(made.parameters(), 1e-3)
+
+
+WAYS = (
+    Way("esper_elastic, surgery: wider", ours(WIDER)),
+    Way("a new model and its weights copied, by hand: wider", rebuild),
+    Way("esper_elastic, surgery: narrower", ours(NARROWER)),
+    Way("Torch-Pruning: narrower (it only shrinks)", prune, "torch_pruning"),
+    Way("NVIDIA Model-Optimizer, convert, select, export: narrower (it only shrinks)", convert_and_export, "modelopt"),
+    Way("esper_elastic, a model that is elastic: narrower", resize, prepare=ee.elasticize),
+    Way("NVIDIA Model-Optimizer, select in a model that is converted: narrower", select, "modelopt", searchable),
+)
+
+
 def main() -> None:
     torch.set_num_threads(2)
-    ways = [Way("esper_elastic, wider", ours(WIDER), "kept"), Way("rebuild and copy by hand, wider", rebuild, "lost")]
-    ways.append(Way("esper_elastic, narrower", ours(NARROWER), "kept"))
-    if importlib.util.find_spec("torch_pruning"):
-        ways.append(Way("Torch-Pruning, narrower (it only shrinks)", prune, "lost: parameters are new objects"))
+    versions = {name: version for name in ("torch-pruning", "nvidia-modelopt") if (version := version_of(name))}
     lines = [
         "# Changing a live ResNet-50: this package and others",
         "",
         f"`{PATH}` (256 channels) made {WIDER} or {NARROWER} channels wide, in a network of 25.6 million parameters with AdamW "
-        f"that has state; medians of {ROUNDS}. " + ", ".join(f"{key}: {value}" for key, value in environment().items()) + ".",
+        f"that has state; medians of {ROUNDS}. " + ", ".join(f"{key}: {value}" for key, value in (environment() | versions).items()) + ".",
+        "`python benchmarks/surgery_others.py`.",
         "",
-        "| way | change, ms | first step after it, ms | optimizer state |",
-        "| --- | ---: | ---: | --- |",
+        "| way | change, ms | first step after it, ms | parameters of which the optimizer has state |",
+        "| --- | ---: | ---: | ---: |",
     ]
-    for way in ways:
-        change, step = measure(way)
-        lines.append(f"| {way.name} | {change:.0f} | {step:.0f} | {way.state} |")
-    lines.append("| NVIDIA Model-Optimizer | not measured: it is not installed here | | |")
+    for way in WAYS:
+        if way.package and not importlib.util.find_spec(way.package):
+            lines.append(f"| {way.name} | not measured: {way.package} is not installed | | |")
+            continue
+        change, step, kept, count = measure(way)
+        lines.append(f"| {way.name} | {change:.3g} | {step:.0f} | {kept} of {count} |")
     lines += ["", "What a change that fails costs:", "", "| way | ms |", "| --- | ---: |", *undoing()]
     target = Path(__file__).parent / "results" / "surgery_others.md"
     target.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
-def trained() -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
+def version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def trained(prepare: Callable[[nn.Module, Tensor], nn.Module] | None = None) -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
     torch.manual_seed(0)
     model, x = BIG["resnet50"].build(), torch.randn(2, 3, 64, 64)
+    if prepare is not None:
+        model = prepare(model, x)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(2):
         advance(model, optimizer, x)
@@ -108,18 +163,27 @@ def advance(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> No
     optimizer.step()
 
 
-def measure(way: Way) -> tuple[float, float]:
-    """Milliseconds of the change and of the step after it; the first round, which imports things, is left out."""
+def measure(way: Way) -> tuple[float, float, int, int]:
+    """Milliseconds of the change and of the step after it, for how many parameters the optimizer has state between them, and of how many.
+
+    The first round, which imports things, is left out.
+    """
     changes, steps = [], []
     for _ in range(ROUNDS + 1):
-        model, optimizer, x = trained()
+        model, optimizer, x = trained(way.prepare)
         start = time.perf_counter()
         model, optimizer = way.change(model, optimizer, x)
         middle = time.perf_counter()
-        advance(model, optimizer, x)
+        kept = sum(bool(optimizer.state.get(parameter)) for parameter in model.parameters())
+        steps.append(elapsed(functools.partial(advance, model, optimizer, x)))
         changes.append(middle - start)
-        steps.append(time.perf_counter() - middle)
-    return 1e3 * statistics.median(changes[1:]), 1e3 * statistics.median(steps[1:])
+    return 1e3 * statistics.median(changes[1:]), 1e3 * statistics.median(steps[1:]), kept, len(list(model.parameters()))
+
+
+def elapsed(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def undoing() -> list[str]:
@@ -141,12 +205,7 @@ def undoing() -> list[str]:
         ("`copy.deepcopy` of model and optimizer", copies),
     ):
         function()
-        taken = []
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - start)
-        rows.append(f"| {name} | {1e3 * statistics.median(taken):.0f} |")
+        rows.append(f"| {name} | {1e3 * statistics.median(elapsed(function) for _ in range(ROUNDS)):.3g} |")
     return rows
 
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import rules
 from .axes import Axes, short
 from .forms import Form
+from .restore import generators_kept
 from .structure import Atom, Structure, atoms, restrict
 from .trace import Node, Run, Value
 
@@ -244,7 +245,7 @@ class _Follower:
             return made.requires_grad_() if made.is_floating_point() and smooth else made
 
         for sample in (0.37, -1.7, 2.3):
-            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            with generators_kept(), torch.enable_grad():
                 args, kwargs = tree_map(partial(number, sample=sample), (node.args, node.kwargs))
                 results = node.op(*args, **kwargs)
             for result in results if isinstance(results, tuple | list) else (results,):

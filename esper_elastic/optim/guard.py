@@ -305,7 +305,8 @@ def _probe(optimizer: Any, group: dict[str, Any], param: Tensor) -> dict[str, _L
     vars(twin).update(vars(optimizer), state=defaultdict(dict), param_groups=[{**group, "params": [stand_in]}])
     if group.get("fused"):
         twin.param_groups[0]["fused"] = False
-    with torch.random.fork_rng(devices=[]):
+    with contextlib.ExitStack() as end:
+        end.callback(torch.set_rng_state, torch.get_rng_state())
         _rule(plain)(twin)
     layout = {}
     for name, value in twin.state[stand_in].items():

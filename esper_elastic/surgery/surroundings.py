@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as module_hooks
 from torch.overrides import _get_current_function_mode
+from torch.utils import _python_dispatch as dispatch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..convert.structure import forgetting_history
@@ -23,6 +24,7 @@ from ..convert.trace import LOGGER
 from ..layers.state import call_under_way
 
 _Call = Callable[[], Any]
+_torch: Any = torch._C
 
 
 def surroundings() -> list[_Call]:
@@ -30,6 +32,9 @@ def surroundings() -> list[_Call]:
     calls: list[_Call] = [
         _ending(_get_current_function_mode, torch._C._len_torch_function_stack),
         _ending(_get_current_dispatch_mode, torch._C._len_torch_dispatch_stack),
+        *_flags_of_modes(),
+        functools.partial(_torch._set_torch_function_state, _torch._get_torch_function_state()),
+        *(functools.partial(torch._C._dispatch_tls_set_dispatch_key_excluded, key, _is_excluded(key)) for key in _KEYS),
         functools.partial(torch._C._set_grad_enabled, torch.is_grad_enabled()),
         functools.partial(setattr, call_under_way, "inside", call_under_way.inside),
         forgetting_history,
@@ -43,6 +48,22 @@ def surroundings() -> list[_Call]:
         calls.append(functools.partial(setattr, frames, "_stance", frames._stance))
     return calls
 
+
+def _flags_of_modes() -> list[_Call]:
+    """Modes keep flags of what was on before them, which are wrong once an outer one ends before an inner one."""
+    calls: list[_Call] = [
+        functools.partial(setattr, dispatch, name, value) for name, value in vars(dispatch).items() if name.startswith("_is_in_")
+    ]
+    calls.append(functools.partial(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors()))
+    if hasattr(dispatch, "set_is_in_mode_without_ignore_compile_internals"):
+        compiled = dispatch._is_in_any_mode_without_ignore_compile_internals
+        calls.append(functools.partial(dispatch.set_is_in_mode_without_ignore_compile_internals, compiled))
+    return calls
+
+
+#: What is left out while modes are not to see what runs.
+_KEYS = ("Python", "PythonTLSSnapshot")
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 
 #: What ``warnings.catch_warnings`` changes.
 _WARNINGS = ("filters", "showwarning", "_showwarnmsg_impl")

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import TransactionError
 from ..model import forgetting
+from .edits.edited import emptying
 from .following import Following, join_waiting
 from .surroundings import hooks_of_all_modules, surroundings
 from .trial.twins import unwrapped
@@ -144,6 +145,7 @@ class Transaction(contextlib.ExitStack, contextlib.ContextDecorator):
         if outer is not None and (optimizers or ema is not None):
             self._following.add(optimizers, ema)
         self.log.record_random_numbers()
+        self.log.add(*emptying(self.model))
         self.log.add(*surroundings())  # the last to be noted, so that the rest is put back outside of any mode
         self.log.failed += (
             functools.partial(nn.Module.register_forward_pre_hook, self.model, _refuse_use),
@@ -173,6 +175,8 @@ class Transaction(contextlib.ExitStack, contextlib.ContextDecorator):
             self._following.settle()
             if self._validate:
                 self._require_valid()
+        for call in emptying(self.model):
+            call()
         self.log.forget()
 
     def _require_valid(self) -> None:
