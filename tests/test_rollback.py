@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib
 import logging
 import random
 import sys
@@ -16,10 +17,14 @@ import torch
 from fingerprint import assert_same
 from interrupting import PACKAGE, At, Functions, Lines
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as module_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import ALONE, EDITS, Edit, Scene
 
 import esper_elastic as ee
+from esper_elastic.convert.trace import quiet
 from esper_elastic.layers.state import JOURNAL, call_under_way
 from esper_elastic.surgery import undo
 from esper_elastic.surgery.edits.edited import Edits
@@ -189,6 +194,74 @@ def test_an_interrupt_while_writing_undoes_all_or_nothing(edit, alone, persisten
 @pytest.mark.parametrize("persistent", [False, True], ids=["once", "persistently"])
 def test_an_interrupt_at_a_thousand_lines_while_writing_undoes_all_or_nothing(edit, alone, persistent):
     assert_before_or_whole(edit, alone, persistent, samples=1000)
+
+
+# What runs leave on
+
+
+class Plain(TorchFunctionMode):
+    """Sees functions and lets them be."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Below(TorchDispatchMode):
+    """Sees ops and lets them be."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def modes_out_of_order() -> Any:
+    outer, inner = FakeTensorMode(), Below()
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    return inner
+
+
+LEFT_ON: dict[str, Callable[[], Any]] = {
+    "a mode for functions": lambda: Plain().__enter__(),
+    "a mode for ops": lambda: Below().__enter__(),
+    "fake tensors": lambda: FakeTensorMode().__enter__(),
+    "several": lambda: (FakeTensorMode().__enter__(), Below().__enter__(), Plain().__enter__(), Plain().__enter__()),
+    "a mode whose outer one has ended": modes_out_of_order,
+    "functions without modes": lambda: torch._C.DisableTorchFunction().__enter__(),
+    "ops without modes": lambda: [(guard := torch._C._DisableTorchDispatch()), guard.__enter__()],
+    "constants that stay on the CPU": lambda: torch._C._set_only_lift_cpu_tensors(True),
+    "no gradients": lambda: torch.no_grad().__enter__(),
+    "no compilation": lambda: torch.compiler.set_stance("force_eager"),
+    "silence": quiet,
+    "warnings": lambda: warnings.catch_warnings().__enter__(),
+    "a hook for all modules": lambda: module_hooks.register_module_forward_hook(lambda module, args, result: None),
+}
+
+
+@pytest.mark.parametrize("leave", LEFT_ON.values(), ids=LEFT_ON)
+def test_what_was_left_on_inside_is_off_after_a_rollback(leave):
+    importlib.import_module("torch._dynamo.eval_frame")
+    model, before = nn.Linear(2, 2), surroundings()
+    held = None
+    with pytest.raises(Interrupt), ee.transaction(model, validate=False):
+        held = leave()
+        assert surroundings() != before
+        raise Interrupt
+    assert surroundings() == before, held
+
+
+def test_what_a_run_carried_is_let_go():
+    scene = Scene("tiny", alone=True)
+    surgeon = ee.ModelSurgeon(scene.inputs)
+    assert surgeon.add_skip_connection(scene.model, "conv1", "conv2")
+    (tap,) = scene.model.conv1.edits.taps
+    for error in (None, Interrupt):
+        with contextlib.suppress(Interrupt), ee.transaction(scene.model, validate=False):
+            scene.model.conv1(torch.zeros(1, 3, 5, 5))
+            assert tap._here.value is not None
+            if error is not None:
+                raise error
+        assert not vars(tap._here)
 
 
 # Cost
