@@ -27,7 +27,7 @@ import esper_elastic as ee
 from esper_elastic.convert.trace import quiet
 from esper_elastic.layers.state import JOURNAL, call_under_way
 from esper_elastic.surgery import undo
-from esper_elastic.surgery.edits.edited import Edits
+from esper_elastic.surgery.edits.holder import Edits
 
 FAMILIES = [name for name in EDITS if name != "tiny"]
 
@@ -138,7 +138,7 @@ def test_an_edit_that_is_interrupted_at_many_lines_leaves_no_trace(name):
 #: Where what is undone is written, noted and published; elsewhere models are looked at and run on tensors without values.
 WRITING = tuple(
     f"{PACKAGE}/surgery/{name}.py" for name in ("surgeon", "transaction", "undo", "surroundings", "following", "journal")
-) + tuple(f"{PACKAGE}/surgery/edits/{name}.py" for name in ("edited", "insert", "remove", "modify", "skip"))
+) + tuple(f"{PACKAGE}/surgery/edits/{name}.py" for name in ("edited", "holder", "insert", "remove", "modify", "skip"))
 
 
 def assert_before_or_whole(edit: Edit, alone: bool, persistent: bool, samples: int) -> None:

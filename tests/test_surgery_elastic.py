@@ -18,7 +18,8 @@ from esper_elastic.convert import PLAN
 from esper_elastic.convert.trace import Example, run
 from esper_elastic.errors import CapacityError, GenerationError, OptimizerError, SurgeryError, TopologyError
 from esper_elastic.layers import registry
-from esper_elastic.surgery.edits.edited import edits_of, gate_name, set_removed
+from esper_elastic.surgery.edits.edited import edits_of, set_removed
+from esper_elastic.surgery.edits.holder import gate_name
 from esper_elastic.surgery.elastic import elastic
 from esper_elastic.surgery.elastic.capacity import reallocate
 from esper_elastic.surgery.elastic.channels import Channels, axes_at

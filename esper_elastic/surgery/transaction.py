@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import TransactionError
 from ..model import forgetting
-from .edits.edited import emptying
+from .edits.holder import emptying
 from .following import Following, join_waiting
 from .surroundings import hooks_of_all_modules, surroundings
 from .trial.twins import unwrapped

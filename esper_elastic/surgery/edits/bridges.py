@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .edited import first_tensor
+from .holder import first_tensor
 
 
 class Pass(nn.Module):

@@ -22,7 +22,7 @@ from ..trial.calls import Calls, CallSpec, TensorSpec
 from ..trial.inputs import known_inputs
 from ..trial.trial import calls_of, smallest_closed
 from ..widths import widths
-from .edited import EDITS, Edits
+from .holder import EDITS, Edits
 
 
 class Edit:

@@ -12,7 +12,8 @@ from ...errors import SurgeryError, TopologyError
 from ..specs.specs import LayerSpec
 from ..undo import added, save_objects, save_values
 from .edit import Edit, fake_shape
-from .edited import edits_of, gate_name
+from .edited import edits_of
+from .holder import gate_name
 from .joining import active_shape, axis_beyond, follow, widen_identity
 
 _SIDES = ("before", "after")

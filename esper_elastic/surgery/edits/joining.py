@@ -17,7 +17,7 @@ from ..elastic.channels import axes_at
 from ..elastic.elastic import govern, make_elastic
 from ..undo import save_values
 from .edit import Edit
-from .edited import EDITS, Carrier, Edits
+from .holder import EDITS, Carrier, Edits
 
 
 def begin(edit: Edit) -> None:

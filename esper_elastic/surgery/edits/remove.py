@@ -16,8 +16,9 @@ from ..trial.calls import TensorSpec
 from ..undo import added, removed
 from .bridges import Pass, Projection
 from .edit import Edit
-from .edited import EDITS, Edits, edits_of, first_tensor, gate_name, release, set_removed
+from .edited import edits_of, release, set_removed
 from .folding import fold, foldable, neighbours
+from .holder import EDITS, Edits, first_tensor, gate_name
 from .insert import NEUTRAL, channel_axis, declared
 from .joining import active_part, active_shape, axis_of, follow, same
 from .skip import Skip, drop_skip

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...errors import TopologyError
 from ..undo import added, removed
 from .edit import Edit
-from .edited import Carrier, Edits, edits_of, release
+from .edited import edits_of, release
+from .holder import Carrier, Edits
 from .insert import channel_axis, declared
 from .joining import active_shape, axis_beyond, follow, same, silence
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..edits.edited import Carrier
+from ..edits.holder import Carrier
 
 #: How a call of a twin goes: ``watch(twin, call, args, kwargs)`` is to return ``call(*args, **kwargs)``.
 Watch = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
