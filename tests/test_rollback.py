@@ -107,8 +107,7 @@ def assert_rolled_back(name: str, once: int, persistently: int) -> None:
             interrupted += ask_in_vain(edit, scene, given, alone, At(*place, persistent=attempt >= once))
             try:
                 assert surroundings() == around
-                carried = [vars(tap._here).get("value") for each in scene.model.modules() if isinstance(each, Edits) for tap in each.taps]
-                assert all(value is None for value in carried)
+                assert not any(vars(tap._here) for each in scene.model.modules() if isinstance(each, Edits) for tap in each.taps)
                 assert_same(scene.print(*given), before)
             except AssertionError as error:
                 raise AssertionError(f"{edit.operation}, interrupted at {place}, {attempt >= once}: {error}") from error

@@ -173,15 +173,19 @@ CHANGING = {
 }
 EDITS = KEEPING | CHANGING
 
-#: What is asked of each kind of edit: every one of a small model, and of the large ones those that differ from them.
+#: Edits of small models, and those that differ from them in large ones; the others are asked the longer questions by `make test-slow`.
 SMALL = {key: case for key, case in EDITS.items() if case[0] in ("net", "residual", "perceptron")}
 TYPICAL = SMALL | {
     key: EDITS[key] for key in ("resnet: in a switched block", "resnet: grown", "vit: block", "vit: mlp removed", "gpt2: skip")
 }
+GUARDED = [key for key, case in SMALL.items() if case[0] != "net" or key in ("net: convolution", "net: beyond capacity", "net: fewer")]
 
 
-def table(cases):
-    return pytest.mark.parametrize(("name", "edit"), cases.values(), ids=[key.replace(" ", "_") for key in cases])
+def table(cases, quick=None):
+    """A test of each edit; of those that are not among the ``quick`` ones, a slow one."""
+    quick = cases if quick is None else quick
+    params = [pytest.param(*case, id=key.replace(" ", "_"), marks=() if key in quick else pytest.mark.slow) for key, case in cases.items()]
+    return pytest.mark.parametrize(("name", "edit"), params)
 
 
 def spread(model, which):
@@ -243,7 +247,7 @@ def test_an_edited_model_follows_its_dims(name, edit):
     assert torch.equal(gives(model, inputs), expected)
 
 
-@table(TYPICAL)
+@table(EDITS, quick=TYPICAL)
 def test_an_edit_in_static_layout_is_the_same(name, edit):
     model, inputs, _ = edited(name, edit)
     other, _ = case_of(name)
@@ -266,12 +270,12 @@ def optimizer_of(kind, model):
     return ee.optim.guard(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
 
 
-@table(TYPICAL)
+@table(EDITS, quick=TYPICAL)
 def test_training_goes_on(name, edit):
     assert_training_goes_on(name, edit, "ours")
 
 
-@table({key: case for key, case in SMALL.items() if case[0] != "net" or key in ("net: convolution", "net: beyond capacity", "net: fewer")})
+@table(EDITS, quick=GUARDED)
 def test_training_goes_on_under_a_guard(name, edit):
     assert_training_goes_on(name, edit, "guarded")
 
@@ -299,7 +303,7 @@ def assert_training_goes_on(name, edit, kind):
     assert gives(model.eval(), inputs).isfinite().all()
 
 
-@table(TYPICAL)
+@table(EDITS, quick=TYPICAL)
 def test_a_rollback_leaves_no_trace(name, edit):
     (model, inputs), (twin, _) = case_of(name), case_of(name)
     optimizer, other = optimizer_of("ours", model), optimizer_of("ours", twin)
@@ -332,7 +336,7 @@ def test_a_plan_leaves_no_trace(name, edit):
     assert_same([item for item in now if item[0] not in drawn], [item for item in before if item[0] not in drawn])
 
 
-@table(TYPICAL)
+@table(EDITS, quick=TYPICAL)
 def test_a_journal_is_replayed(name, edit):
     model, inputs, _ = edited(name, edit)
     ee.resize(model, spread(model, "mixed"))
