@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from fingerprint import assert_same
+from fingerprint import assert_same, fingerprint
 from interrupting import PACKAGE, At, Functions, Lines
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -247,6 +247,35 @@ def test_what_was_left_on_inside_is_off_after_a_rollback(leave):
         assert surroundings() != before
         raise Interrupt
     assert surroundings() == before, held
+
+
+class NoFunctions(TorchFunctionMode):
+    """Raises at whatever is asked."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise Interrupt
+
+
+class NoOps(TorchDispatchMode):
+    """Raises at whatever is asked."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise Interrupt
+
+
+@pytest.mark.parametrize("mode", [NoFunctions, NoOps])
+def test_a_mode_that_was_left_on_after_writes_does_not_see_them_undone(mode):
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(10)))
+    before, around = fingerprint(model), surroundings()
+    with pytest.raises(Interrupt), ee.transaction(model, validate=False):
+        for parameter in model.parameters():
+            undo.save_values(parameter)
+            parameter.data.fill_(7.0)
+            parameter.data = torch.zeros(3)
+        mode().__enter__()
+        raise Interrupt
+    assert surroundings() == around
+    assert_same(fingerprint(model), before)
 
 
 def test_what_a_run_carried_is_let_go():

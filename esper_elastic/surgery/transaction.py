@@ -146,7 +146,7 @@ class Transaction(contextlib.ExitStack, contextlib.ContextDecorator):
             self._following.add(optimizers, ema)
         self.log.record_random_numbers()
         self.log.add(*emptying(self.model))
-        self.log.add(*surroundings())  # the last to be noted, so that the rest is put back outside of any mode
+        self.log.begin_with(*surroundings())  # a mode that is left on would see the calls that put the rest back
         self.log.failed += (
             functools.partial(nn.Module.register_forward_pre_hook, self.model, _refuse_use),
             functools.partial(self.push, self._say_that_rollback_failed),

@@ -126,7 +126,8 @@ def rewritten(parameter: Tensor) -> None:
 class UndoLog:
     """Notes things as they are, and puts them back.
 
-    What is noted later is put back first. The notes are iterators that make a call at each step, so that one that fails can be passed over.
+    What is noted later is put back first, after what :meth:`begin_with` was given. The notes are iterators that make a call at each step,
+    so that one that fails can be passed over.
 
     Attributes:
         unwind: makes the noted calls, each once. Where one fails it raises; :attr:`go_on` then makes those that are left.
@@ -137,7 +138,7 @@ class UndoLog:
 
     def __init__(self) -> None:
         self._known: dict[int, Any] = {}
-        self._notes: list[Iterator[Any] | None] = [None]
+        self._notes: list[Iterator[Any] | None] = [None, iter(())]
         self.failed: list[Call] = []
         calls = itertools.chain.from_iterable(iter(self._notes.pop, None))
         self.unwind: Call = functools.partial(deque, itertools.chain(calls, map(operator.call, [self.failed.clear])), 0)
@@ -152,9 +153,13 @@ class UndoLog:
         self._known.clear()
         del self._notes[1:]
 
+    def begin_with(self, *calls: Call) -> None:
+        """Set the calls that come before everything noted, now and later; the first one comes first."""
+        self._notes[-1] = map(operator.call, calls)
+
     def add(self, *calls: Call) -> None:
         """Note calls of functions that no line of this package is part of; the first one comes first."""
-        self._notes.append(map(operator.call, calls))
+        self._notes[-1:-1] = [map(operator.call, calls)]
 
     def record(self, *things: Any) -> None:
         """Note things and what they hold, unless they are known. An object of an unknown kind is followed if it is one of ``things``."""
@@ -174,7 +179,7 @@ class UndoLog:
                 if key not in seen and key not in known:
                     seen[key] = thing
                     rule(thing, notes, pending)
-        self._notes += notes.iterators()  # first, so that whatever is known is noted, also if an exception arrives between
+        self._notes[-1:-1] = notes.iterators()  # first, so that whatever is known is noted, also if an exception arrives between
         self._known.update(seen)
 
     def save_values(self, *tensors: Tensor) -> None:
@@ -182,7 +187,7 @@ class UndoLog:
         notes = _Notes()
         for tensor in tensors:
             notes.values(tensor)
-        self._notes += notes.iterators()
+        self._notes[-1:-1] = notes.iterators()
 
     def record_random_numbers(self) -> None:
         """Note the states of the generators of Python, NumPy and torch, as far as they are in use."""
