@@ -4,7 +4,7 @@ import importlib.util
 import os
 
 import torch
-from interpreter import patch_language_once, round_as_hardware_does
+from interpreter import compute_integers_once, patch_language_once, round_as_hardware_does
 
 torch.set_num_threads(1)
 # `make test-gpu` runs the contract of the layers on the GPU.
@@ -17,3 +17,4 @@ if not torch.cuda.is_available():
     if importlib.util.find_spec("triton") is not None:
         round_as_hardware_does()
         patch_language_once()
+        compute_integers_once()

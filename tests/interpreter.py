@@ -1,11 +1,13 @@
-"""Two things that Triton's interpreter does badly, done well: conftest.py has them where kernels are interpreted.
+"""Three things that Triton's interpreter does badly, done well: conftest.py has them where kernels are interpreted.
 
-It truncates what GPUs round, which doubles every error of bfloat16; and it replaces all of ``triton.language`` at every call of a device
-function, though a call within a kernel finds it replaced, which takes half of the time.
+It truncates what GPUs round, which doubles every error of bfloat16. It replaces all of ``triton.language`` at every call of a device
+function, though a call within a kernel finds it replaced. And it repeats all arithmetic of integers in 64 bits, for a comparison that is
+thrown away unless it runs for debugging. The last two take more than half of the time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -46,3 +48,12 @@ def patch_language_once() -> None:
             raise InterpreterError(repr(error)) from error
 
     interpreter.InterpretedFunction.__call__ = call
+
+
+def compute_integers_once() -> None:
+    """Leave out the check for overflows, whose result nobody looks at."""
+    from triton.runtime import interpreter
+
+    builder: Any = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
