@@ -19,7 +19,7 @@ endif
 
 RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-PYTEST := $(RUN) $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --benchmark-disable
+PYTEST := $(RUN) $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable
 ESPER := $(RUN) $(PY) -m esper_elastic.cli
 CSRC := $(shell find csrc -type f)
 GPU_WORKERS ?= 8
@@ -68,9 +68,9 @@ demo-seeds: $(BUILT)
 test: $(BUILT)
 	$(PYTEST) -m "not slow and not aot" tests
 
-# every configuration of every Triton kernel, compiled for GPUs that need not be there; what was compiled once comes from Triton's cache
+# every configuration of every Triton kernel, and csrc/cuda, compiled for GPUs that need not be there; what Triton compiled once comes from its cache
 test-aot: $(BUILT)
-	$(PYTEST) -m aot tests/test_triton_aot.py
+	$(PYTEST) -m aot tests/test_triton_aot.py tests/test_replica.py
 
 test-slow: $(BUILT)
 	$(PYTEST) -m slow tests

@@ -125,6 +125,7 @@ def test_graphs_that_lose_their_control_block_are_told(machine: Machine) -> None
         ee.control.ControlBlock.merge([dim.block, *(one.block for one in grow)])
 
 
+@pytest.mark.aot
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_cuda_sources_compile(tmp_path: Path) -> None:
     """Kernels for every chip that Triton serves; what calls them, against the headers of a CPU build of torch."""
