@@ -65,3 +65,15 @@ class TopologyError(SurgeryError):
 
 class TransactionError(SurgeryError):
     """A transaction that could not be completed, or was used for what it does not cover."""
+
+
+class DecisionError(ElasticError, ValueError):
+    """A decision that says nothing that could be done, or names what the model does not have."""
+
+
+class SafetyError(ElasticError):
+    """A decision that the limits of a run do not allow now."""
+
+
+class TrainingError(ElasticError):
+    """A run that cannot begin, go on or be resumed."""

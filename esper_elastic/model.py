@@ -48,6 +48,12 @@ def dims(model: nn.Module) -> Dims:
     return _structure(model, look=True).dims
 
 
+def known(model: nn.Module) -> tuple[Dims, Mapping[str, Switchable]]:
+    """Dims and switches by name as they were found last, which is now if a module was registered anywhere since; quicker than looking."""
+    structure = _structure(model)
+    return structure.dims, structure.blocks
+
+
 def control_block(model: nn.Module) -> ControlBlock:
     """The control block of ``model``; the blocks of its layers are merged into one.
 

@@ -131,7 +131,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     known = dims(model)
     held = _held_tensors(model)
     parameters = [tensor for tensor in held if isinstance(tensor.tensor, nn.Parameter)]
-    active = sum(tensor.active for tensor in parameters)
+    active = parameters_in_use(model)
     multiply_adds, active_multiply_adds, not_counted = None, None, "no example inputs were given, as in summary(model, torch.randn(...))."
     if example_inputs is None:
         example_inputs = example_of(model)
@@ -154,6 +154,11 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         ),
         switches=tuple(_of_switch(path, block, parameters) for path, block in switches.items()),
     )
+
+
+def parameters_in_use(model: nn.Module) -> int:
+    """Elements of the parameters of ``model``, at the present widths, of what is switched on."""
+    return sum(held.active for held in _held_tensors(model) if isinstance(held.tensor, nn.Parameter))
 
 
 def _of_switch(path: str, block: Switchable, parameters: list[_Held]) -> SwitchSummary:

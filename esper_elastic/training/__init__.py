@@ -1,0 +1,1 @@
+"""Training under decisions: a network that changes its own architecture while it trains, under a hand that keeps it safe."""
