@@ -77,3 +77,7 @@ class SafetyError(ElasticError):
 
 class TrainingError(ElasticError):
     """A run that cannot begin, go on or be resumed."""
+
+
+class MonitorError(ElasticError, ValueError):
+    """A record of a run that cannot be read, or of which there is none."""

@@ -8,9 +8,9 @@ commit.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import queue
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -165,6 +165,7 @@ class Controller:
         surgeon: for what metadata cannot express.
         guardian: of the run's limits.
         followers: what :func:`esper_elastic.transaction` is given beside the model: ``optimizer``, ``schedulers``, ``scaler``, ``ema``.
+        taken_up: called with each request that could be read, and its decisions.
         before_change: called with each step before it is carried out; what it raises refuses the request.
         done: called with each result, before whoever waits for it is told.
     """
@@ -176,6 +177,7 @@ class Controller:
         guardian: Guardian,
         followers: dict[str, Any] | None = None,
         *,
+        taken_up: Callable[[Request, tuple[AdaptationDecision, ...]], None] = lambda request, decisions: None,
         before_change: Callable[[Step], None] = lambda step: None,
         done: Callable[[AdaptationResult], None] = lambda result: None,
     ) -> None:
@@ -183,10 +185,12 @@ class Controller:
         self.surgeon = surgeon
         self.guardian = guardian
         self.followers = followers or {}
+        self.taken_up = taken_up
         self.before_change = before_change
         self.done = done
         self.step = self.epoch = 0
-        self._numbers = itertools.count(1)
+        self._number = 0
+        self._numbering = threading.Lock()
         self._waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
 
     # From any thread
@@ -201,9 +205,14 @@ class Controller:
         Returns:
             a future of the result, which is set by the thread that trains. Do not wait for it in that thread.
         """
-        request = Request(next(self._numbers), decision, source, Future())
+        request = Request(self._next(), decision, source, Future())
         self._waiting.put(request)
         return request.future
+
+    def _next(self) -> int:
+        with self._numbering:
+            self._number += 1
+            return self._number
 
     # Between two steps
 
@@ -214,7 +223,7 @@ class Controller:
 
     def apply(self, decision: Any, *, source: str = "") -> AdaptationResult:
         """Carry out one request now. Call it in the thread that trains, between two steps."""
-        request = Request(next(self._numbers), decision, source, Future())
+        request = Request(self._next(), decision, source, Future())
         return self._serve([request])[0]
 
     def drain(self) -> list[AdaptationResult]:
@@ -242,7 +251,7 @@ class Controller:
     # Serving
 
     def _serve(self, requests: list[Request]) -> list[AdaptationResult]:
-        left = list(reversed(requests))
+        left = [_Served(request) for request in reversed(requests)]
         served: list[_Served] = []
         while left:
             served += self._by_metadata(left)
@@ -250,7 +259,7 @@ class Controller:
                 served.append(self._by_surgery(left.pop()))
         return [self._finished(each) for each in served]
 
-    def _by_metadata(self, left: list[Request]) -> list[_Served]:
+    def _by_metadata(self, left: list[_Served]) -> list[_Served]:
         """Serve requests from the end of ``left``, in one commit, up to the first that metadata cannot serve."""
         block = self._block()
         if block is None:
@@ -260,26 +269,26 @@ class Controller:
         try:
             with block.batch():
                 while left and not (one_by_one and served):
-                    staged = self._staged(left[-1], block)
-                    if staged is None:
+                    if not self._stage(left[-1], block):
                         break
-                    served.append(staged)
-                    left.pop()
+                    served.append(left.pop())
         except Exception as error:  # of the commit, for all of them
             self.guardian.load_state_dict(account)
-            staged_ones = [each for each in served if each.result is None]
-            if len(staged_ones) > 1:
-                return [again for each in served for again in self._by_metadata([each.request])]
-            for each in staged_ones:
-                each.failed(error)
+            staged = [each for each in served if each.result is None]
+            for each in staged:
+                if len(staged) == 1:
+                    each.failed(error)
+                else:
+                    each.steps.clear()
+                    each.details.clear()
+                    self._by_metadata([each])
         for each in served:
             if each.result is None:
                 each.succeeded()
         return served
 
-    def _staged(self, request: Request, block: ControlBlock) -> _Served | None:
-        """A request staged in the open batch, or refused; ``None`` if it takes surgery."""
-        served = _Served(request)
+    def _stage(self, served: _Served, block: ControlBlock) -> bool:
+        """Stage a request in the open batch, or refuse it; returns whether metadata can serve it."""
         try:
             self._take_up(served)
             with block.batch():
@@ -290,14 +299,15 @@ class Controller:
                     self._carry_out(step, served)
             self.guardian.note(served.steps, self.step, self.epoch)
         except _TakesSurgery:
-            return None
+            served.steps.clear()
+            served.details.clear()
+            return False
         except Exception as error:
             served.failed(error)
-        return served
+        return True
 
-    def _by_surgery(self, request: Request) -> _Served:
+    def _by_surgery(self, served: _Served) -> _Served:
         """Serve a request in a transaction."""
-        served = _Served(request)
         try:
             self._take_up(served)
             transaction(self.model, example_inputs=self.surgeon.example_inputs, **self.followers)(self._operate)(served)
@@ -313,7 +323,11 @@ class Controller:
         self.guardian.check(self.model)
 
     def _take_up(self, served: _Served) -> None:
+        if served.decisions:
+            return
+        served.begun = time.perf_counter()
         served.decisions = _read(served.request.given)
+        self.taken_up(served.request, served.decisions)
         for decision in served.decisions:
             _require(self.guardian.judge(decision, self.step))
 
@@ -333,3 +347,13 @@ class Controller:
         dims, blocks = known(self.model)
         entry: Any = next(iter(dims.values()), None) or next((block.switch for block in blocks.values()), None)
         return None if entry is None else entry.block
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of the last request, as JSON-able data. What waits belongs to whoever submitted it."""
+        return {"number": self._number}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self._number = state["number"]

@@ -1,0 +1,587 @@
+"""``Trainer``: a training loop between whose steps the network may change.
+
+Owns the order of things in a step and at its boundary. What is decided, whether it may happen, how it is done and how it is recorded is
+the business of the files beside this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import optim
+from ..checkpoint import load
+from ..convert.restore import generators_kept
+from ..errors import CheckpointError, TrainingError
+from ..model import known
+from ..summary import parameters_in_use
+from ..surgery import ModelSurgeon
+from ..surgery.transaction import transaction
+from ..surgery.trial.recording import attempt
+from ..surgery.trial.twins import unwrapped
+from . import checkpoints
+from .bar import bar
+from .controller import AdaptationResult, Controller
+from .decisions import DecisionSource
+from .events import Evaluated, Event, Progress, Restored, Resumed, RunEnded, RunStarted, Saved, SnapshotTaken
+from .governor import Governor, Watch
+from .mechanisms import Step
+from .monitor import Monitor
+from .record import Record
+from .safety import Guardian, Safety, Verdict
+from .state import TrainingState
+
+Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
+Loss = Callable[[Any, Any], Tensor]
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
+class Trainer:
+    """Trains a model, and changes it between steps as it is told.
+
+    Args:
+        model: elastic, plain, or compiled.
+        optimizer: that trains it. Without one, decisions can be applied, and :meth:`fit` refuses.
+        loss: ``loss(outputs, targets)``, for batches ``(inputs, targets)``; override :meth:`compute_loss` for others.
+        schedulers: one or several, stepped with the optimizer.
+        scaler: of gradients, ``torch.amp.GradScaler``.
+        ema: an average of the weights, as :func:`esper_elastic.transaction` takes one; with ``update_parameters`` it is updated each step.
+        autocast: the dtype of a mixed-precision forward; ``None`` for none.
+        accumulate: batches whose gradients make one step.
+        clip_norm: the norm that gradients are clipped to.
+        sources: whoever decides: policies and others; asked at every boundary, in order.
+        safety: limits of the run.
+        governor: takes changes back that the loss does not survive; ``None`` for none.
+        monitor: takes the events; by default one that writes into ``directory``.
+        directory: of the run: ``events.jsonl`` and checkpoints.
+        example_inputs: of the model, for trials of edits.
+        input_shape: of one input tensor, with or without the batch, where no example input is at hand.
+        checkpoint_every: steps between checkpoints; ``None`` for those that :meth:`save` is called for.
+        keep_checkpoints: how many stay.
+        report_every: steps between events of progress.
+
+    Attributes:
+        state: where the run stands.
+        controller: that takes decisions.
+        monitor: that has the events.
+
+    A step: forward, backward, as often as gradients accumulate; clipping, optimizer, scaler, schedulers, average. Then the boundary:
+    decisions are taken and carried out, the governor looks at the loss, a checkpoint is written. Nothing changes in between.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        loss: Loss | None = None,
+        *,
+        schedulers: Any = (),
+        scaler: Any = None,
+        ema: Any = None,
+        autocast: torch.dtype | None = None,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        sources: Sequence[DecisionSource] = (),
+        safety: Safety | None = None,
+        governor: Governor | None = None,
+        monitor: Monitor | None = None,
+        directory: str | os.PathLike[str] | None = None,
+        example_inputs: Any = None,
+        input_shape: Sequence[int] | None = None,
+        checkpoint_every: int | None = None,
+        keep_checkpoints: int = 2,
+        report_every: int = 10,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TrainingError(f"Trainer: model: expected a torch.nn.Module, got {type(model).__name__}.")
+        for name, value in (("accumulate", accumulate), ("keep_checkpoints", keep_checkpoints), ("report_every", report_every)):
+            if type(value) is not int or value < 1:
+                raise TrainingError(f"Trainer: {name}: expected an integer of at least 1, got {value!r}.")
+        if checkpoint_every is not None and (type(checkpoint_every) is not int or checkpoint_every < 1 or directory is None):
+            raise TrainingError(f"Trainer: checkpoint_every: expected an integer of at least 1, and a directory, got {checkpoint_every!r}.")
+        self.model = model
+        self._root = root = unwrapped(model)
+        self.optimizer = optimizer
+        self.loss = loss
+        self.schedulers = list(schedulers) if isinstance(schedulers, list | tuple) else [schedulers]
+        self.scaler = scaler
+        self.ema = ema
+        self.autocast = autocast
+        self.accumulate = accumulate
+        self.clip_norm = clip_norm
+        self.sources = list(sources)
+        self.directory = None if directory is None else Path(directory)
+        self.checkpoint_every = checkpoint_every
+        self.keep_checkpoints = keep_checkpoints
+        self.report_every = report_every
+        self.state = TrainingState(root, optimizer)
+        self.monitor = monitor if monitor is not None else Monitor(self.directory)
+        self.record = Record(self.monitor, self.state)
+        followers = {"optimizer": optimizer, "schedulers": tuple(self.schedulers), "scaler": scaler, "ema": ema}
+        if example_inputs is None and input_shape is not None:
+            example_inputs = _inputs_of_shape(root, input_shape)
+        self.controller = Controller(
+            root,
+            ModelSurgeon(example_inputs),
+            Guardian(safety if safety is not None else Safety(), root),
+            followers,
+            taken_up=self.record.requested,
+            before_change=self._before_change,
+            done=self._done,
+        )
+        self._watch = None if governor is None else Watch(governor, [optimizer, *self.schedulers, scaler, ema])
+        self._save_due = False
+        self._window: list[Tensor] = []
+        self._at_epoch: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+        self._resumed: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+        self._generators: dict[str, torch.Generator] = {}
+        self._parameters = self.controller.guardian.active
+        self._evaluated = -1
+        self._inside = self._started = False
+
+    # Training
+
+    def fit(
+        self,
+        data: Batches,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        evaluate: Evaluate | None = None,
+        evaluate_every: int | None = None,
+        progress: bool = False,
+    ) -> TrainingState:
+        """Train until the run has made ``steps`` steps or ``epochs`` epochs in all, what was done before a resumption included.
+
+        Args:
+            data: an iterable that gives the batches of an epoch each time, such as a ``DataLoader``; or a function of the epoch's number.
+            epochs: of the whole run.
+            steps: of the optimizer, of the whole run.
+            evaluate: called with the model in evaluation mode, without gradients; its numbers are recorded.
+            evaluate_every: steps between evaluations; by default at the end of each epoch.
+            progress: whether to show a bar, which needs rich.
+
+        Returns:
+            where the run stands.
+
+        Raises:
+            TrainingError: there is no optimizer or loss, or nothing says when to end.
+        """
+        if self.optimizer is None:
+            raise TrainingError("Trainer.fit: optimizer: expected one, got None. Give it to the Trainer.")
+        if epochs is None and steps is None:
+            raise TrainingError("Trainer.fit: expected epochs or steps, got neither.")
+        self._begin()
+        reason = "interrupted"
+        try:
+            with bar(steps, progress) as advance:
+                while (epochs is None or self.state.epoch < epochs) and (steps is None or self.state.step < steps):
+                    for batch in self._epoch(data):
+                        if not self._step(batch):
+                            continue
+                        self._between_steps(evaluate, evaluate_every)
+                        advance(self.state)
+                        if self.state.step == steps:
+                            break
+                    else:
+                        self._end_epoch(evaluate if evaluate_every is None else None)
+            if evaluate is not None and self._evaluated != self.state.step:
+                self._evaluate(evaluate)
+            reason = "done"
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._inside = False
+            self._window.clear()
+            self._emit(RunEnded(self.state.step, time.time(), reason))
+            self.monitor.flush()
+        return self.state
+
+    def compute_loss(self, batch: Any) -> Tensor:
+        """The loss of one batch, ``(inputs, targets)``. Override it for batches or losses of another kind."""
+        if self.loss is None:
+            raise TrainingError("Trainer.compute_loss: loss: expected loss(outputs, targets), got None. Give it to the Trainer.")
+        inputs, targets = batch
+        return self.loss(self.model(inputs), targets)
+
+    def _step(self, batch: Any) -> bool:
+        """Forward and backward of one batch; the step of the optimizer if the window is full. Returns whether it was."""
+        if not self._window:
+            self._begun = time.perf_counter()
+            self.optimizer.zero_grad()  # type: ignore[union-attr]  # what is left of the last step was there for those who decide
+        self._inside = True
+        with torch.autocast(_device_of(self.model), self.autocast) if self.autocast is not None else contextlib.nullcontext():
+            loss = self.compute_loss(batch)
+        part = loss / self.accumulate if self.accumulate > 1 else loss
+        (self.scaler.scale(part) if self.scaler is not None else part).backward()
+        self._window.append(loss.detach())
+        if len(self._window) < self.accumulate:
+            return False
+        self._step_optimizer()
+        state = self.state
+        state.step += 1
+        state.loss = math.fsum(float(each) for each in self._window) / len(self._window)
+        self._window.clear()
+        state.losses.append(state.loss)
+        state.step_seconds.append(time.perf_counter() - self._begun)
+        self._inside = False
+        return True
+
+    def _step_optimizer(self) -> None:
+        optimizer: Any = self.optimizer
+        if self.clip_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(optimizer)
+            _clip(self.model, optimizer, self.clip_norm)
+        if self.scaler is not None:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            optimizer.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
+        if hasattr(self.ema, "update_parameters"):
+            self.ema.update_parameters(self.model)
+
+    # The boundary
+
+    def _between_steps(self, evaluate: Evaluate | None, evaluate_every: int | None) -> None:
+        """What happens at the boundary of two steps, where alone the network may change."""
+        state, controller = self.state, self.controller
+        controller.step, controller.epoch = state.step, state.epoch
+        if self._watch is not None:
+            self._govern(self._watch)
+        for source in self.sources:
+            for decision in source.decisions(state):
+                controller.submit(decision, source=_name_of(source))
+        if not controller.idle:
+            controller.drain()
+        self.record.stepped()
+        if state.step % self.report_every == 0:
+            self._report()
+        if evaluate is not None and evaluate_every is not None and state.step % evaluate_every == 0:
+            self._evaluate(evaluate)
+        if self.checkpoint_every is not None:
+            self._save_due |= state.step % self.checkpoint_every == 0
+            if self._save_due and not (self._watch is not None and self._watch.watching):
+                self.save()
+
+    def _evaluate(self, evaluate: Evaluate) -> None:
+        """Measure, in evaluation mode, with the random numbers that training goes on with untouched."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad(), generators_kept():
+                metrics = {str(name): float(value) for name, value in evaluate(self.model).items()}
+        finally:
+            for module, training in modes:
+                module.training = training
+        self._evaluated = self.state.step
+        self.state.metrics = metrics
+        self._emit(Evaluated(self.state.step, time.time(), metrics))
+
+    def _govern(self, watch: Watch) -> None:
+        reason = watch.verdict(self.state)
+        if reason is None:
+            return
+        begun = time.perf_counter()
+        restored = watch.restore(self.state)
+        if restored is None:
+            return
+        snapshot, request = restored
+        self.record.forget()
+        self._parameters = -1
+        self._follow_widths()
+        self._emit(Restored(self.state.step, time.time(), request, snapshot.step, reason, 1e3 * (time.perf_counter() - begun)))
+
+    def _before_change(self, step: Step) -> None:
+        if self._watch is None:
+            return
+        taken = self._watch.before_change(self.state)
+        if taken is not None:
+            self._emit(SnapshotTaken(self.state.step, time.time(), taken.milliseconds, taken.bytes))
+
+    def _done(self, result: AdaptationResult) -> None:
+        if result:
+            self._parameters = -1
+            if self.ema is not None and result.mechanism == "metadata":
+                self._follow_widths()
+            if self._watch is not None:
+                self._watch.changed(self.state, result.request)
+        self.record.done(result)
+        for source in self.sources:
+            if hasattr(source, "outcome"):
+                source.outcome(result)
+
+    def _follow_widths(self) -> None:
+        """Let an average that is a module have the widths and switches of the model."""
+        average = getattr(self.ema, "module", None)
+        if not isinstance(average, nn.Module):
+            return
+        dims, blocks = known(self._root)
+        their_dims, their_blocks = known(average)
+        changes: list[tuple[Any, int]] = [(their_dims[name], dim.active) for name, dim in dims.items() if name in their_dims]
+        changes += [(their_blocks[path].switch, int(block.switch.on)) for path, block in blocks.items() if path in their_blocks]
+        if changes:
+            changes[0][0].block.stage_all(changes)
+
+    def _report(self) -> None:
+        state = self.state
+        count = min(self.report_every, len(state.losses))
+        losses = list(itertools.islice(reversed(state.losses), count))
+        seconds = list(itertools.islice(reversed(state.step_seconds), count))
+        rate = float(self.optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
+        self._emit(
+            Progress(
+                state.step, time.time(), math.fsum(losses) / count, 1e3 * math.fsum(seconds) / max(len(seconds), 1), rate, self._count()
+            )
+        )
+
+    # Decisions
+
+    def request(self, decision: Any, *, source: str = "") -> Future[AdaptationResult]:
+        """Ask for a change at the next boundary, from any thread; see :meth:`Controller.submit`."""
+        return self.controller.submit(decision, source=source)
+
+    def preflight(self, decision: Any) -> Verdict:
+        """Whether a decision would be allowed now, and the limit that decides; nothing changes."""
+        return self.controller.preflight(decision)
+
+    def apply_architecture_modification(self, model: nn.Module, decision: Any) -> AdaptationResult:
+        """Carry out a decision on ``model`` now: the trainer's own, or any other, which then has no optimizer that follows.
+
+        Returns:
+            a truthy or falsy result, which is recorded. Nothing is raised for a decision that fails, and the model is as it was then.
+
+        Raises:
+            TrainingError: a step is under way; decisions are for :meth:`request` then.
+        """
+        if self._inside:
+            raise TrainingError("Trainer: a change was asked for within a step. Ask for it with request(...), for the next boundary.")
+        controller = self.controller
+        if unwrapped(model) is not self._root:
+            root = unwrapped(model)
+            controller = Controller(
+                root,
+                controller.surgeon,
+                Guardian(controller.guardian.limits, root),
+                taken_up=self.record.requested,
+                done=self.record.done,
+            )
+        controller.step, controller.epoch = self.state.step, self.state.epoch
+        return controller.apply(decision)
+
+    async def _apply_architecture_modification(self, model: nn.Module, decision: Any) -> AdaptationResult:
+        """:meth:`apply_architecture_modification`, for asynchronous callers in the thread that trains."""
+        return self.apply_architecture_modification(model, decision)
+
+    # Data
+
+    def _epoch(self, data: Batches) -> Iterator[Any]:
+        """The batches of this epoch that are left: those already taken are drawn again, with the random numbers of then, and left out."""
+        state, generators = self.state, _generators_of(data)
+        now, self._resumed = self._resumed, None
+        if state.batch == 0:
+            if now is not None:
+                checkpoints.set_random_state(*now, generators)
+            self._at_epoch = checkpoints.random_state(generators)
+            batches = iter(data(state.epoch) if callable(data) else data)
+        else:
+            assert self._at_epoch is not None
+            now = checkpoints.random_state(generators) if now is None else now
+            checkpoints.set_random_state(*self._at_epoch, generators)
+            batches = iter(data(state.epoch) if callable(data) else data)
+            for _ in range(state.batch):
+                next(batches)
+            checkpoints.set_random_state(*now, generators)
+        self._generators = generators
+        for batch in batches:
+            state.batch += 1
+            yield batch
+        if state.batch == 0:
+            raise TrainingError(f"Trainer.fit: data: expected batches, got none in epoch {state.epoch}.")
+
+    def _end_epoch(self, evaluate: Evaluate | None) -> None:
+        if evaluate is not None:
+            self._evaluate(evaluate)
+        self.state.epoch, self.state.batch = self.state.epoch + 1, 0
+
+    # Checkpoints
+
+    def save(self) -> Path:
+        """Write a checkpoint of the run into its directory, between two steps.
+
+        Effects: what a governor was watching is let go, and its snapshot with it, so that the run goes on as one that is resumed does.
+
+        Returns:
+            the checkpoint's folder.
+
+        Raises:
+            TrainingError: the run has no directory, or a step is under way.
+            CheckpointError: it could not be written; older ones are as they were.
+        """
+        if self.directory is None or self._inside:
+            raise TrainingError("Trainer.save: expected a run with a directory, between two steps. Give directory= to the Trainer.")
+        begun = time.perf_counter()
+        self._save_due = False
+        if self._watch is not None:
+            self._watch.forget()
+        content = {name: part.state_dict() for name, part in self._parts().items()}
+        content |= {"schedulers": [scheduler.state_dict() for scheduler in self.schedulers], "names": self._names()}
+        tensors: dict[str, Tensor] = {f"ema:{name}": tensor for name, tensor in checkpoints.average_tensors(self.ema).items()}
+        for key, (numbers, states) in (("now", checkpoints.random_state(self._generators)), ("epoch", self._at_epoch or ({}, {}))):
+            content[f"random:{key}"] = numbers
+            tensors |= {f"random:{key}:{name}": state for name, state in states.items()}
+        parts = {"model": self.model, "optimizer": self.optimizer}
+        path = checkpoints.write(self.directory, self.state.step, parts, content, tensors, self.keep_checkpoints)
+        self._emit(Saved(self.state.step, time.time(), path.name, 1e3 * (time.perf_counter() - begun)))
+        self.monitor.flush()
+        return path
+
+    def resume(self, path: str | os.PathLike[str] | None = None, *, modules: Mapping[str, nn.Module] | None = None) -> bool:
+        """Go on from a checkpoint, as if the run had never stopped: call it before :meth:`fit`, on a trainer made as the first one was.
+
+        Args:
+            path: of a checkpoint; by default the newest in the run's directory.
+            modules: for edits that inserted what no :class:`LayerSpec` describes, as in :func:`esper_elastic.load`.
+
+        Returns:
+            whether there was one.
+
+        Raises:
+            CheckpointError: it does not fit this trainer.
+        """
+        if path is None:
+            path = None if self.directory is None else checkpoints.latest(self.directory)
+            if path is None:
+                return False
+        path = Path(path)
+        content, tensors = checkpoints.read(path)
+        parts = self._parts()
+        names = self._names()
+        if content.get("names") != names:
+            raise CheckpointError(f"resume: {path}: expected a run with {names}, got one with {content.get('names')}.")
+        with transaction(self._root, self.optimizer or (), ema=self.ema, validate=False):  # so that the average has the edits as well
+            load(path / "model.safetensors", self.model, self.optimizer, modules=modules)
+        taken = {prefix: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)} for prefix in _PREFIXES}
+        checkpoints.load_average(self.ema, taken["ema:"])
+        self._follow_widths()
+        for scheduler, state in zip(self.schedulers, content["schedulers"], strict=True):
+            scheduler.load_state_dict(state)
+        for name, part in parts.items():
+            part.load_state_dict(content[name])
+        self._at_epoch = (content["random:epoch"], taken["random:epoch:"]) if content["random:epoch"] else None
+        self._resumed = (content["random:now"], taken["random:now:"])
+        self._parameters = -1
+        self.monitor.rewind(self.state.step)
+        self._emit(Resumed(self.state.step, time.time(), path.name))
+        return True
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own, by name."""
+        parts: dict[str, Any] = {
+            "state": self.state,
+            "guardian": self.controller.guardian,
+            "controller": self.controller,
+            "record": self.record,
+            "monitor": self.monitor,
+        }
+        if self._watch is not None:
+            parts["watch"] = self._watch
+        if self.scaler is not None:
+            parts["scaler"] = self.scaler
+        for number, source in enumerate(self.sources):
+            if hasattr(source, "state_dict"):
+                parts[f"source:{number}"] = source
+        return parts
+
+    def _names(self) -> dict[str, Any]:
+        """What a checkpoint has to fit."""
+        return {
+            "schedulers": [type(scheduler).__name__ for scheduler in self.schedulers],
+            "sources": [_name_of(source) for source in self.sources],
+            "scaler": self.scaler is not None,
+            "ema": self.ema is not None,
+            "governor": self._watch is not None,
+        }
+
+    # Beginning and telling
+
+    def _begin(self) -> None:
+        for entry in (*known(self._root)[0].values(), *(block.switch for block in known(self._root)[1].values())):
+            if entry.block.owner != threading.get_ident():
+                entry.block.adopt()
+        self._evaluated = -1
+        if self._started:
+            return
+        self._started = True
+        widths = {name: dim.active for name, dim in known(self._root)[0].items()}
+        settings = {"accumulate": self.accumulate, "optimizer": type(self.optimizer).__name__, "sources": self._names()["sources"]}
+        settings["safety"] = {name: value for name, value in vars(self.controller.guardian.limits).items() if name != "allowed"}
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        self._emit(RunStarted(self.state.step, time.time(), type(self._root).__name__, self._count(), None, widths, settings, versions))
+
+    def _count(self) -> int:
+        """Parameters in use; counted when they may have changed."""
+        if self._parameters < 0:
+            self._parameters = parameters_in_use(self._root)
+        return self._parameters
+
+    def _emit(self, event: Event) -> None:
+        self.monitor.emit(event)
+
+
+_PREFIXES = ("ema:", "random:now:", "random:epoch:")
+
+
+def _name_of(source: Any) -> str:
+    return str(getattr(source, "name", None) or type(source).__name__)
+
+
+def _device_of(model: nn.Module) -> str:
+    parameter = next(model.parameters(), None)
+    return "cpu" if parameter is None else parameter.device.type
+
+
+def _clip(model: nn.Module, optimizer: Any, norm: float) -> None:
+    """Clip what is active: dormant gradients have no norm."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optim.clip_grad_norm_(parameters, norm)
+
+
+def _generators_of(data: Any) -> dict[str, torch.Generator]:
+    """Generators of a loader and of its sampler, by name."""
+    found = {"loader": getattr(data, "generator", None), "sampler": getattr(getattr(data, "sampler", None), "generator", None)}
+    return {name: generator for name, generator in found.items() if isinstance(generator, torch.Generator)}
+
+
+def _inputs_of_shape(model: nn.Module, shape: Sequence[int]) -> Tensor:
+    """An input of a shape, with a batch of two in front if it takes that.
+
+    Raises:
+        TrainingError: the model runs on neither.
+    """
+    if isinstance(shape, str) or not all(type(n) is int and 0 < n < 2**20 for n in shape) or math.prod(shape) > 2**28:
+        raise TrainingError(f"Trainer: input_shape: expected the sizes of one input, got {shape!r}.")
+    said = ""
+    for given in ((2, *shape), tuple(shape)):
+        x = torch.zeros(given, device=_device_of(model))
+        calls, failure = attempt(model, (x,), {}, explain=False)
+        if calls is not None:
+            return x
+        said = said or f"{given}: {failure}"
+    raise TrainingError(f"Trainer: input_shape: {type(model).__name__} runs neither on {tuple(shape)} nor with a batch before it: {said}.")
