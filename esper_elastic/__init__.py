@@ -1,6 +1,6 @@
 """Elastic capacity for PyTorch: layers own weights at a capacity, a control block says what is active, kernels compute on that alone."""
 
-from . import errors, growth, importance, optim
+from . import errors, growth, importance, optim, training
 from .calibration import recalibrate
 from .checkpoint import load, save
 from .control import ControlBlock, ElasticDim, concat
@@ -88,4 +88,5 @@ __all__ = [
     "TopologyError",
     "TransactionError",
     "optim",
+    "training",
 ]

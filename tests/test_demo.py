@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import esper_elastic as ee
 from esper_elastic import cli, demo
 from esper_elastic.datasets import ImageData
-from esper_elastic.demo import capacity, data, network, plateau, train
+from esper_elastic.demo import capacity, data, network, train
 from esper_elastic.errors import ElasticError
+from esper_elastic.training import plateau
 
 picture = pytest.importorskip("esper_elastic.demo.picture", reason="needs matplotlib", exc_type=ImportError)
 report = pytest.importorskip("esper_elastic.demo.report", reason="needs rich", exc_type=ImportError)

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 import esper_elastic as ee
 
+from ..training.plateau import Planned, PlateauDetector, Schedule
 from .capacity import Dial, Event
 from .data import Images, accuracy
 from .network import Network, Widths, elastic_network, placed, plain_network
-from .plateau import Planned, PlateauDetector, Schedule
 
 SMALL = Widths(stem=6, stage1=8, stage2=16, inner=32, block=False)
 LARGE = Widths(stem=12, stage1=24, stage2=48, inner=32, block=True)

@@ -35,6 +35,11 @@ class PlateauDetector:
         """Forget what was seen, as after a change of the network."""
         self._losses.clear()
 
+    @property
+    def losses(self) -> list[float]:
+        """What it has seen since it was made or reset, oldest first: as much as it looks at."""
+        return list(self._losses)
+
     def means(self) -> tuple[float, float] | None:
         """The earlier and the later mean; None until both windows are full."""
         if len(self._losses) < 2 * self.window:
