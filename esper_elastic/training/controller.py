@@ -226,6 +226,12 @@ class Controller:
         request = Request(self._next(), decision, source, Future())
         return self._serve([request])[0]
 
+    def refuse(self, decision: Any, error: ElasticError) -> AdaptationResult:
+        """Record that a decision is not heard, and why."""
+        served = _Served(Request(self._next(), decision, "", Future()))
+        served.failed(error)
+        return self._finished(served)
+
     def drain(self) -> list[AdaptationResult]:
         """Carry out what has been submitted, in order: what waits now, not what is submitted meanwhile."""
         waiting: list[Request] = []

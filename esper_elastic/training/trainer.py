@@ -6,6 +6,7 @@ the business of the files beside this one.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import math
@@ -151,6 +152,7 @@ class Trainer:
         self._parameters = self.controller.guardian.active
         self._evaluated = -1
         self._inside = self._started = False
+        self._trained_by: int | None = None
 
     # Training
 
@@ -186,6 +188,7 @@ class Trainer:
             raise TrainingError("Trainer.fit: expected epochs or steps, got neither.")
         self._begin()
         reason = "interrupted"
+        self._trained_by = threading.get_ident()
         try:
             with bar(steps, progress) as advance:
                 while (epochs is None or self.state.epoch < epochs) and (steps is None or self.state.step < steps):
@@ -205,7 +208,7 @@ class Trainer:
             reason = f"{type(error).__name__}: {error}"
             raise
         finally:
-            self._inside = False
+            self._inside, self._trained_by = False, None
             self._window.clear()
             self._emit(RunEnded(self.state.step, time.time(), reason))
             self.monitor.flush()
@@ -362,32 +365,33 @@ class Trainer:
         return self.controller.preflight(decision)
 
     def apply_architecture_modification(self, model: nn.Module, decision: Any) -> AdaptationResult:
-        """Carry out a decision on ``model`` now: the trainer's own, or any other, which then has no optimizer that follows.
+        """Carry out a decision on ``model``: the trainer's own, or any other, which then has no optimizer that follows.
+
+        Between two steps it is done now. While another thread trains, it is asked for, and waited for until the next boundary.
 
         Returns:
             a truthy or falsy result, which is recorded. Nothing is raised for a decision that fails, and the model is as it was then.
-
-        Raises:
-            TrainingError: a step is under way; decisions are for :meth:`request` then.
+            Within a step, in the thread that trains, every decision fails.
         """
-        if self._inside:
-            raise TrainingError("Trainer: a change was asked for within a step. Ask for it with request(...), for the next boundary.")
-        controller = self.controller
         if unwrapped(model) is not self._root:
-            root = unwrapped(model)
-            controller = Controller(
-                root,
-                controller.surgeon,
-                Guardian(controller.guardian.limits, root),
-                taken_up=self.record.requested,
-                done=self.record.done,
-            )
-        controller.step, controller.epoch = self.state.step, self.state.epoch
-        return controller.apply(decision)
+            return self._controller_of(unwrapped(model)).apply(decision)
+        if self._trained_by not in (None, threading.get_ident()):
+            return self.request(decision).result()
+        if self._inside:
+            return self.controller.refuse(decision, TrainingError("Trainer: a step is under way. Ask for the next boundary: request(...)."))
+        self.controller.step, self.controller.epoch = self.state.step, self.state.epoch
+        return self.controller.apply(decision)
 
     async def _apply_architecture_modification(self, model: nn.Module, decision: Any) -> AdaptationResult:
-        """:meth:`apply_architecture_modification`, for asynchronous callers in the thread that trains."""
+        """:meth:`apply_architecture_modification` for asynchronous callers, which do not block while another thread trains."""
+        if unwrapped(model) is self._root and self._trained_by not in (None, threading.get_ident()):
+            return await asyncio.wrap_future(self.request(decision))
         return self.apply_architecture_modification(model, decision)
+
+    def _controller_of(self, model: nn.Module) -> Controller:
+        """One for a model that this trainer does not train."""
+        guardian = Guardian(self.controller.guardian.limits, model)
+        return Controller(model, self.controller.surgeon, guardian, taken_up=self.record.requested, done=self.record.done)
 
     # Data
 
@@ -486,7 +490,7 @@ class Trainer:
             part.load_state_dict(content[name])
         self._at_epoch = (content["random:epoch"], taken["random:epoch:"]) if content["random:epoch"] else None
         self._resumed = (content["random:now"], taken["random:now:"])
-        self._parameters = -1
+        self._parameters, self._started = -1, True
         self.monitor.rewind(self.state.step)
         self._emit(Resumed(self.state.step, time.time(), path.name))
         return True
