@@ -90,6 +90,8 @@ def _tensors(model: nn.Module, followers: list[Any]) -> Iterator[Tensor]:
             if id(value) not in seen:
                 seen.add(id(value))
                 yield value
+                if value.is_leaf and value.grad is not None:
+                    pending.append(value.grad)
         elif isinstance(value, dict):
             pending += value.values()
         elif isinstance(value, list | tuple):
