@@ -65,3 +65,7 @@ class TopologyError(SurgeryError):
 
 class TransactionError(SurgeryError):
     """A transaction that could not be completed, or was used for what it does not cover."""
+
+
+class MonitorError(ElasticError, ValueError):
+    """A record of a run that cannot be read, or of which there is none."""

@@ -1,0 +1,1 @@
+"""The trainer that takes decisions, and what watches over it."""
