@@ -33,7 +33,7 @@ class FakeRun:
     def __init__(self, steps: int = 2000, num_decisions: int = 24, seed: int = 0, num_dims: int = 9, evaluate_every: int = 100) -> None:
         self.steps, self.evaluate_every = steps, evaluate_every
         self.random = random.Random(seed)
-        self.widths = {"conv1": 16} | {f"layer{1 + i // 3}.{i % 3}.conv1": 16 * 2 ** (i // 3) for i in range(num_dims - 1)}
+        self.widths = {"conv1": 16} | {f"layer{1 + i // 3}.{i % 3}.conv1": 16 * 2 ** min(3, i // 3) for i in range(num_dims - 1)}
         self.capacity = {name: 4 * width for name, width in self.widths.items()}
         self.decisions = sorted(self.random.sample(range(steps // 50, steps), min(num_decisions, steps - steps // 50)))
         self.extra_loss = 0.0
@@ -122,3 +122,4 @@ class FakeRun:
         if self.random.random() < 0.06:
             yield Progress(step, time, math.nan, self.step_ms, 0.05, self.parameters)
             yield Restored(step, time, request, step, "loss is not finite", 12.5)
+            self.widths[layer] = before

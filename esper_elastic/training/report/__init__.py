@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import webbrowser
 from pathlib import Path
 
 from ...errors import MonitorError
@@ -10,7 +11,7 @@ from ..lines import FILE_NAME, read
 from .page import page
 from .story import Story
 
-__all__ = ["Story", "inspect", "page"]
+__all__ = ["Story", "inspect", "inspect_and_tell", "page"]
 
 
 def inspect(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> tuple[Path, Story]:
@@ -35,3 +36,18 @@ def inspect(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = No
             f"inspect: {path}: expected a file that can be written, got {error.strerror}. Choose another with --out."
         ) from error
     return path, story
+
+
+def inspect_and_tell(run: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, show: bool = False) -> None:
+    """:func:`inspect`, a summary on stdout, and with ``show`` the page in a browser.
+
+    Raises:
+        MonitorError: as :func:`inspect`, or rich is not installed.
+    """
+    from . import terminal
+
+    console = terminal.console()
+    path, story = inspect(run, out)
+    terminal.tell(console, story, path)
+    if show:
+        webbrowser.open(path.resolve().as_uri())

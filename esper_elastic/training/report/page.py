@@ -102,9 +102,10 @@ def _card(heading: str, content: str, remark: str = "") -> str:
     return f'<section class="card"><h2>{escape(heading)}</h2>{said}{content}</section>'
 
 
-def _table(headings: Sequence[tuple[str, bool]], rows: Iterable[str]) -> str:
-    """A table of ready rows; a heading that says so stands over numbers."""
+def _table(headings: Sequence[tuple[str, bool]], rows: Iterable[str], last: str = "") -> str:
+    """A table of ready rows; a heading that says so stands over numbers, and ``last`` is the markup of one more."""
     head = "".join(f"<th{' class=n' if numbers else ''}>{escape(heading)}</th>" for heading, numbers in headings)
+    head += f"<th>{last}</th>" if last else ""
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
@@ -122,8 +123,12 @@ def _latencies(story: Story) -> str:
         f"{_cells(f'{len(row.sorted):,}', *(duration(row.quantile(q)) for q in (0.5, 0.99, 1.0)))}<td>{plots.strip(row, scale)}</td></tr>"
         for row in found
     )
-    headings = [("type", False), ("mechanism", False), ("count", True), ("median", True), ("p99", True), ("max", True), ("", False)]
-    return _card("Latency of decisions", _table(headings, rows), "Each dot a decision, the bar the median, the dashed line one second.")
+    headings = [("type", False), ("mechanism", False), ("count", True), ("median", True), ("p99", True), ("max", True)]
+    return _card(
+        "Latency of decisions",
+        _table(headings, rows, plots.strip_axis(scale)),
+        "Each dot a decision, the bar the median, the dashed line one second.",
+    )
 
 
 def _decisions(decisions: Sequence[Decision]) -> str:

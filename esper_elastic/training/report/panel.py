@@ -13,6 +13,8 @@ from .story import Decision
 from .svg import Point, Scale, compact, element, path, text, thinned, tip
 
 WIDTH, LEFT, RIGHT = 1000.0, 92.0, 26.0
+LARGEST = 1e300  # so that the extent of a scale is a number
+CROSS = "\N{MULTIPLICATION SIGN}"
 Samples = Sequence[tuple[int, float]]
 
 
@@ -34,7 +36,7 @@ class Panel:
             points = [(self.x(step), self.clamped(value)) for step, value in run]
             if len(points) > 1:
                 self.marks.append(element("path", d=path(thinned(points)), class_=f"line {class_}"))
-            if dots and len(points) <= 150 or len(points) == 1:
+            if (dots and len(points) <= 150) or len(points) == 1:
                 self.marks += [
                     element("circle", tip(f"step {step:,}: {value:.5g}"), cx=x, cy=y, r=2.6, class_=f"dot {class_}")
                     for (step, value), (x, y) in zip(run, points, strict=True)
@@ -53,11 +55,14 @@ class Panel:
             self.marks.append(element("path", d=path(corners), class_=f"line {class_}"))
 
     def not_finite(self, samples: Samples) -> None:
-        """A cross at the top for each value that is not finite."""
+        """A cross at the top where values are not finite; those that would touch share one."""
+        columns: dict[int, list[tuple[int, float]]] = {}
         for step, value in samples:
             if not math.isfinite(value):
-                words = tip(f"step {step:,}: {value}")
-                self.marks.append(element("text", f"{words}×", x=self.x(step), y=self.y.end + 12, class_="cross"))
+                columns.setdefault(round(self.x(step) / 8), []).append((step, value))
+        for (step, value), *more in columns.values():
+            words = tip(f"step {step:,}: {value}{f', and {len(more)} more' if more else ''}")
+            self.marks.append(element("text", f"{words}{CROSS}", x=self.x(step), y=self.y.end + 12, class_="cross"))
 
     def guides(self, decisions: Iterable[Decision]) -> None:
         """A thin line from top to bottom at each decision."""
@@ -88,7 +93,7 @@ def figure(height: float, marks: Iterable[str], words: str) -> str:
 
 def value_scale(values: Sequence[float], top: float, bottom: float, *, from_zero: bool = False, may_be_logarithmic: bool = False) -> Scale:
     """A scale of all finite ``values`` with a little room, logarithmic where they span much and may be."""
-    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    finite = [min(max(value, -LARGEST), LARGEST) for value in values if math.isfinite(value)] or [0.0]
     low, high = min(finite), max(finite)
     if may_be_logarithmic and low > 0 and high / low > 15:
         return Scale(low / 1.1, high * 1.1, bottom, top, logarithmic=True)

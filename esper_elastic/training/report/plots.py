@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import accumulate
 
 from ..describe import duration, one_line
 from .panel import LEFT, RIGHT, WIDTH, Panel, Samples, figure, slug, steps_axis, value_scale
@@ -119,22 +120,25 @@ def strip(latency: Latency, scale: Scale) -> str:
     return element("svg", "".join(marks), viewBox=f"0 0 {STRIP:.0f} 22", class_="strip", role="img")
 
 
+def strip_axis(scale: Scale) -> str:
+    """What stands over the column of :func:`strip`."""
+    powers = range(math.ceil(math.log10(scale.low)), math.floor(math.log10(scale.high)) + 1)
+    marks = [text(duration(10.0**power), scale(10.0**power), 15, class_="tick middle") for power in powers if power % 2]
+    return element("svg", "".join(marks), viewBox=f"0 0 {STRIP:.0f} 22", class_="strip", role="img")
+
+
 def _steps(story: Story) -> Scale:
     return Scale(0, max(1, story.last_step), LEFT, WIDTH - RIGHT)
 
 
 def _smoothed(samples: Samples) -> list[tuple[int, float]]:
-    """An exponential mean over about a fortieth of the samples; it starts anew after a value that is not finite."""
-    keep = 1 - 1 / max(4, len(samples) / 40)
-    mean = weight = 0.0
+    """The mean over about a sixtieth of the samples around each, fewer near the ends; what is not finite does not count."""
+    finite = [sample for sample in samples if math.isfinite(sample[1])]
+    sums = [0.0, *accumulate(value for _, value in finite)]
     smooth: list[tuple[int, float]] = []
-    for step, value in samples:
-        if not math.isfinite(value):
-            mean = weight = 0.0
-            smooth.append((step, value))
-            continue
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + 1 - keep
-        smooth.append((step, mean / weight))
+    for index, (step, _) in enumerate(finite):
+        reach = min(max(1, len(finite) // 120), index, len(finite) - 1 - index)
+        smooth.append((step, (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)))
     return smooth
 
 
@@ -143,7 +147,7 @@ def _legend(losses: bool, evaluated: bool, y: float) -> list[str]:
     marks, right = list[str](), WIDTH - RIGHT
     for words, class_ in reversed(entries):
         marks.append(text(words, right, y, class_=f"tick end {class_}"))
-        right -= 7.0 * len(words)
+        right -= 7.0 * len(words) + 4
         marks.append(element("line", x1=right - 18, x2=right - 2, y1=y - 4, y2=y - 4, class_=f"line {class_}"))
         right -= 34
     return marks

@@ -27,7 +27,7 @@ h2 { font-size: 17px; margin: 0 0 10px }
 p { margin: 0 0 8px }
 .quiet, caption, .tile span { color: var(--quiet) }
 .card { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 18px 20px; margin-top: 18px }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin-top: 20px }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; margin-top: 20px }
 .tile { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 12px 16px; overflow-wrap: anywhere }
 .tile b { display: block; font-size: 21px; line-height: 1.3; font-variant-numeric: tabular-nums }
 .tile span { font-size: 13px; display: block }
@@ -51,7 +51,7 @@ svg .end { text-anchor: end } svg .middle { text-anchor: middle }
 svg text.cross { text-anchor: middle; font-size: 20px; font-weight: 700; fill: var(--refused) }
 svg text.inside { font-size: 11.5px; pointer-events: none } svg text.inside.deep { fill: var(--card) }
 .grid { stroke: var(--grid) } .axis { stroke: var(--quiet) }
-.line { fill: none; stroke: var(--mark); stroke-width: 2; stroke-linejoin: round } .line.faint { stroke-width: 1; opacity: .35 }
+.line { fill: none; stroke: var(--mark); stroke-width: 2; stroke-linejoin: round } .faint { stroke-width: 1; opacity: .35 }
 .area { fill: var(--mark); opacity: .13 } .dot, .mark { fill: var(--mark) } .mark:hover { stroke: var(--ink) }
 .guide { stroke: var(--mark); stroke-dasharray: 4 3; opacity: .5 }
 .width { fill: var(--grow) }

@@ -38,7 +38,7 @@ class Scale:
             return self._log_ticks(wanted)
         rough = (self.high - self.low) / max(1, wanted)
         power = 10.0 ** math.floor(math.log10(rough))
-        stride = next(power * factor for factor in _ROUND if power * factor >= rough * 0.999)
+        stride = power * min(_ROUND, key=lambda factor: abs(math.log(power * factor / rough)))
         first, last = math.ceil(self.low / stride - 1e-9), math.floor(self.high / stride + 1e-9)
         return [index * stride for index in range(first, last + 1)]
 
