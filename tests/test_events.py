@@ -7,7 +7,9 @@ import math
 from dataclasses import FrozenInstanceError, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import FakeRun
@@ -122,6 +124,11 @@ def test_a_missing_field_is_refused(missing: str) -> None:
 def test_what_is_no_object_with_a_kind_is_refused(data: object) -> None:
     with pytest.raises(MonitorError, match="expected"):
         from_json(data)
+
+
+def test_numbers_of_other_packages_are_written_as_numbers() -> None:
+    event = applied(request=np.int32(4), milliseconds=torch.tensor(0.5), widths={"a": np.int64(3)}, parameters=torch.tensor(7))
+    assert through_text(event) == applied(request=4, milliseconds=0.5, widths={"a": 3}, parameters=7)
 
 
 # Values that are no data

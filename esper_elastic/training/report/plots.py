@@ -104,7 +104,7 @@ def step_time(story: Story) -> str:
 def latency_scale(rows: Sequence[Latency]) -> Scale:
     """The scale of all :func:`strip` of a table."""
     values = [value for row in rows for value in row.sorted if value > 0] or [1.0]
-    return Scale(min(0.01, *values) / 1.3, max(1000.0, *values) * 1.3, 4, STRIP - 4, logarithmic=True)
+    return Scale(min(0.01, *values) / 1.3, max(1000.0, *values) * 1.3, 6, STRIP - 20, logarithmic=True)
 
 
 def strip(latency: Latency, scale: Scale) -> str:
@@ -112,7 +112,7 @@ def strip(latency: Latency, scale: Scale) -> str:
     second, median = scale(1000.0), scale(latency.quantile(0.5))
     places = sorted({round(scale(value)) for value in latency.sorted})
     marks = [
-        element("line", x1=4.0, x2=STRIP - 4, y1=11.0, y2=11.0, class_="grid"),
+        element("line", x1=scale.begin, x2=scale.end, y1=11.0, y2=11.0, class_="grid"),
         element("line", tip("one second"), x1=second, x2=second, y1=1.0, y2=21.0, class_="guide refused"),
         *(element("circle", cx=float(place), cy=11.0, r=3.4, class_="latency") for place in places),
         element("line", tip(f"median {duration(latency.quantile(0.5))}"), x1=median, x2=median, y1=3.0, y2=19.0, class_="median"),
@@ -190,6 +190,8 @@ def _dims(states: Sequence[State]) -> dict[str, list[tuple[int, int]]]:
     for state in states:
         for name, width in state.widths.items():
             changes = found.setdefault(name, [])
+            while changes and changes[-1][0] == state.step:
+                changes.pop()  # what held for no step
             if not changes or changes[-1][1] != width:
                 changes.append((state.step, width))
     return found
@@ -206,5 +208,5 @@ def _row(found: Sequence[tuple[int, int]], x: Scale, top: float, last: int) -> l
         words = tip(f"steps {step:,} to {end:,}: {width}")
         marks.append(element("rect", words, x=begin, y=top + 2, width=extent, height=ROW - 4, fill_opacity=round(depth, 3), class_="width"))
         if extent > 9 * len(compact(width)) + 6:
-            marks.append(text(f"{width}", begin + 5, top + ROW / 2 + 4, class_=f"inside {'deep' if depth > 0.6 else ''}"))
+            marks.append(text(f"{width}", begin + 5, top + ROW / 2 + 4, class_=f"inside {'deep' if depth > 0.85 else ''}"))
     return marks
