@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -350,6 +351,31 @@ def test_requests_may_come_from_any_thread(tmp_path: Path) -> None:
     assert [event.step for event in events if isinstance(event, Progress)] == list(range(500))
 
 
+def test_one_thread_at_a_time_counts() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    class Slow(dict[str, Counter[str]]):
+        def get(self, key: str, default: Any = None) -> Any:
+            inside.set()
+            assert leave.wait(10)
+            return super().get(key, default)
+
+    monitor = Monitor()
+    monitor._counts = Slow()
+    threads = [
+        threading.Thread(target=monitor.emit, args=(Requested(0, 0.0, number, {"adaptation_type": "grow"}, "x"),)) for number in range(2)
+    ]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    threads[1].join(0.1)
+    assert len(monitor._recent) == 1
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert monitor.counts["grow"]["requested"] == 2
+
+
 def test_a_handler_of_signals_may_emit_while_its_thread_does() -> None:
     monitor = Monitor()
     with monitor._lock:
@@ -413,6 +439,33 @@ def test_events_of_the_very_step_that_came_after_the_state_go(tmp_path: Path) ->
     monitor.emit(progress(7))
     monitor.close()
     assert read(tmp_path)[2:] == [progress(7)]
+
+
+def test_a_checkpoint_that_was_never_finished_leaves_no_trace(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path)
+    monitor.emit(progress(5))
+    state = monitor.state_dict()
+    monitor.emit(Saved(9, 0.0, "another", 1.0))
+    monitor.flush()
+    monitor.load_state_dict(state)
+    monitor.rewind(5)
+    assert read(tmp_path) == [progress(5)]
+
+
+def test_a_run_can_be_resumed_from_a_resumed_one(tmp_path: Path) -> None:
+    state = None
+    for first in (0, 10, 20):
+        with Monitor(tmp_path) as monitor:
+            if state is not None:
+                monitor.load_state_dict(state)
+                monitor.rewind(first)
+            for step in range(first + 1, first + 11):
+                monitor.emit(progress(step))
+                monitor.emit(applied(step, step))
+            state = monitor.state_dict()
+            monitor.emit(progress(first + 11))  # a step of which no checkpoint knows
+    assert [event.step for event in read(tmp_path)] == [*(step for step in range(1, 31) for _ in range(2)), 31]
+    assert monitor.counts["grow"]["applied"] == 30
 
 
 def test_without_a_state_all_up_to_the_last_event_of_the_step_stay(tmp_path: Path) -> None:

@@ -228,6 +228,8 @@ def test_a_decision_is_followed_to_its_end() -> None:
 def test_what_was_taken_back_is_not_what_the_network_is() -> None:
     story = Story([started(), applied(5, 1, 8), applied(9, 2, 16), Restored(12, 0.0, 2, 9, "nan", 1.0), applied(15, 3, 12)])
     assert [(state.step, state.widths["a"]) for state in story.states] == [(0, 4), (5, 8), (9, 16), (12, 8), (15, 12)]
+    story = Story([started(), applied(5, 1, 8), applied(9, 2, 16), applied(9, 3, 32), Restored(12, 0.0, 2, 9, "nan", 1.0)])
+    assert story.states[-1].widths == {"a": 8}
     story = Story([started(), applied(5, 1, 8), applied(9, 2, 16), Restored(12, 0.0, None, 7, "nan", 1.0)])
     assert story.states[-1].widths == {"a": 8}
 
@@ -244,12 +246,29 @@ def test_the_time_between_an_interruption_and_a_resumption_does_not_count() -> N
 
 
 def test_latencies_are_exact() -> None:
-    story = Story([started(), *(applied(step, step, 4, milliseconds=float(step)) for step in range(1, 201))])
+    story = Story([started(), *(applied(step, step, 4, milliseconds=float(step)) for step in range(1, 202))])
     (row,) = story.latencies()
-    assert (row.adaptation_type, row.mechanism, len(row.sorted)) == ("grow", "metadata", 200)
-    assert (row.quantile(0.5), row.quantile(0.99), row.quantile(1.0)) == (100.0, 198.0, 200.0)
+    assert (row.adaptation_type, row.mechanism, len(row.sorted)) == ("grow", "metadata", 201)
+    assert (row.quantile(0.5), row.quantile(0.99), row.quantile(1.0)) == (101.0, 199.0, 201.0)
     text = page(story, "")
-    assert all(duration(value) in text for value in (100.0, 198.0, 200.0))
+    assert all(duration(value) in text for value in (101.0, 199.0, 201.0))
+
+
+def test_widths_are_told_as_long_as_they_held() -> None:
+    events = [started(), applied(5, 1, 8), applied(9, 2, 16), Restored(9, 0.0, 2, 9, "nan", 1.0), applied(15, 3, 12)]
+    drawn = plots.widths(Story([*events, RunEnded(20, 0.0, "")]))
+    assert re.findall(r"steps [^<]*", drawn) == ["steps 0 to 5: 4", "steps 5 to 15: 8", "steps 15 to 20: 12"]
+    assert plots.widths(Story([started(), RunEnded(20, 0.0, "")])) == ""
+
+
+def test_what_a_plot_has_no_room_for_is_said() -> None:
+    dims = {f"dim {number}": 1 for number in range(plots.MAX_DIMS + 7)}
+    grown = dict.fromkeys(dims, 2)
+    events = [started(widths=dims), Applied(3, 0.0, 1, "grow", "a", "metadata", 0.0, {}, grown, 1, 1), RunEnded(9, 0.0, "")]
+    assert "7 more changed" in plots.widths(Story(events))
+    metrics = {f"metric {number}": 1.0 for number in range(plots.MAX_METRICS + 3)}
+    assert "3 more metrics are in the file" in plots.learning(Story([Evaluated(3, 0.0, metrics)]))
+    assert "more" not in plots.widths(Story(STORY)) + plots.learning(Story(STORY))
 
 
 # Drawing

@@ -52,6 +52,8 @@ def learning(story: Story) -> str:
         marks, top = marks + panel.marks, top + 120 + 46
     top -= 28
     lanes, bottom = _lanes(story.decisions, x, top)
+    if len(metrics) > MAX_METRICS:
+        marks.append(text(f"{len(metrics) - MAX_METRICS:,} more metrics are in the file", LEFT, bottom + 40, class_="tick"))
     marks += lanes + steps_axis(x, bottom + 4)
     return figure(bottom + 48, marks, "Loss, evaluation and decisions over training steps")
 
@@ -75,6 +77,7 @@ def widths(story: Story) -> str:
     if not rows:
         return ""
     shown = {name for name, _ in sorted(rows, key=lambda row: -len(row[1]))[:MAX_DIMS]}
+    left_out = len(rows) - len(shown)
     rows = [row for row in rows if row[0] in shown]
     left = min(330.0, max(LEFT, 16 + 6.3 * max(len(one_line(name, 48)) for name, _ in rows)))
     x = Scale(0, max(1, story.last_step), left, WIDTH - RIGHT)
@@ -84,6 +87,8 @@ def widths(story: Story) -> str:
         marks.append(text(one_line(name, 48), left - 8, top + ROW / 2 + 4, class_="tick end"))
         marks += _row(found, x, top, story.last_step)
     bottom = 6 + len(rows) * ROW
+    if left_out:
+        marks.append(text(f"those that changed most; {left_out:,} more changed", left, bottom + 40, class_="tick"))
     return figure(bottom + 48, [*marks, *steps_axis(x, bottom + 4)], "Width of each dim over training steps")
 
 
