@@ -1,4 +1,4 @@
-"""The command line: ``esper-elastic demo``.
+"""The command line: ``esper-elastic demo`` and ``esper-elastic inspect``.
 
 Owns arguments and exit codes; the work is elsewhere and imported on demand, so that ``--help`` needs no optional package.
 """
@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="esper-elastic", description="Neural networks whose capacity is a dial.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_demo(commands.add_parser("demo", help="train on real images while capacity is turned, beside two plain networks"))
+    _add_inspect(commands.add_parser("inspect", help="show what a training run did, as one HTML file and in short here"))
     chosen = parser.parse_args(arguments)
     try:
         return int(chosen.run(chosen))
@@ -40,6 +41,20 @@ def _demo(chosen: argparse.Namespace) -> int:
 
     settings = demo.Settings() if chosen.steps is None else demo.Settings(steps=chosen.steps)
     demo.run(demo.Options(out=chosen.out, seeds=chosen.seeds, first_seed=chosen.seed, device=chosen.device, settings=settings))
+    return 0
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", metavar="RUN", type=Path, help="the folder that the run wrote to, or its events.jsonl")
+    parser.add_argument("--out", type=Path, metavar="FILE", default=None, help="the file to write (default: RUN/report.html)")
+    parser.add_argument("--open", action="store_true", help="show it in a browser")
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(chosen: argparse.Namespace) -> int:
+    from .training import report
+
+    report.inspect_and_tell(chosen.directory, chosen.out, show=chosen.open)
     return 0
 
 

@@ -18,7 +18,7 @@ PACKAGE = "esper_elastic"
 
 # A module imports itself and what stands in an earlier row. `esper_elastic` is the package's own __init__, which offers the public names.
 ORDER = (
-    {"errors"},
+    {"errors", "palette"},
     {"control"},
     {"ops"},
     {"layers"},
@@ -37,7 +37,19 @@ ORDER = (
 )
 ROW = {name: row for row, names in enumerate(ORDER) for name in names}
 KERNELS = {"triton_kernels", "_C"}
-OPTIONAL = {"triton", "matplotlib", "rich", "sklearn", "scipy", "pandas", "torchvision", "timm", "transformers", "safetensors"}
+OPTIONAL = {
+    "triton",
+    "matplotlib",
+    "rich",
+    "sklearn",
+    "scipy",
+    "pandas",
+    "torchvision",
+    "timm",
+    "transformers",
+    "safetensors",
+    "tensorboard",
+}
 
 
 def package_sources() -> dict[str, str]:

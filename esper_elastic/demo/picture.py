@@ -13,12 +13,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..palette import GRID, HAPPENINGS, INK, QUIET
 from .capacity import Event
 from .train import Run
 
-INK, QUIET, GRID = "#1f2430", "#6b7280", "#e6e8ec"
 GROWN, LARGE, SMALL = "#d1495b", "#2f6690", "#8d99ae"
-_MARKS = {"grow": "#2a9d8f", "switch": "#7b2cbf", "prune": "#e07a1f", "refused": "#b00020"}
+_MARKS = {kind: HAPPENINGS[kind][0] for kind in ("grow", "switch", "prune", "refused")}
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
     "font.family": "DejaVu Sans",

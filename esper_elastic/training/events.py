@@ -9,13 +9,13 @@ string could have been meant, they become ``{"$float": "nan"}``, and a key that 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from ..errors import MonitorError
-from .free_form import read_free, safe_repr, write_free
+from .fields import field_of
+from .free_form import safe_repr
 
 Mechanism = Literal["metadata", "surgery"]
 
@@ -89,7 +89,7 @@ class Refused(Event):
 
 @dataclass(frozen=True, slots=True)
 class Applied(Event):
-    """A decision was carried out; what the model is like since."""
+    """A decision was carried out; what the model is like since. Counting parameters may be left to the next :class:`Progress`."""
 
     request: int
     adaptation_type: str
@@ -180,7 +180,7 @@ KINDS: dict[str, type[Event]] = {
 def to_json(event: Event) -> dict[str, Any]:
     """The event as a dict that strict JSON can hold, its kind under ``"event"``.
 
-    Never fails: what JSON has no form for, deep in a free-form field, is written as its ``repr``.
+    What JSON has no form for, anywhere in a free-form field, is written as its ``repr``.
     """
     return {"event": type(event).__name__} | {name: field.write(getattr(event, name)) for name, field in _FIELDS[type(event)].items()}
 
@@ -214,101 +214,5 @@ def from_json(data: object, where: str = "event") -> Event:
     return kind(**values)
 
 
-# One field
-
-
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-@dataclass(frozen=True, slots=True)
-class _Field:
-    """How a field of one type is written and read, and what an error says was expected."""
-
-    expected: str
-    write: Callable[[Any], Any]
-    read: Callable[[Any], Any]
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-def _write_float(value: float) -> float | str:
-    return value if math.isfinite(value) else repr(float(value))
-
-
-def _read_float(value: Any) -> float:
-    if isinstance(value, str):
-        if value not in _NON_FINITE:
-            raise ValueError
-        return _NON_FINITE[value]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError
-    return float(value)
-
-
-def _read_int(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError
-    return value
-
-
-def _read_str(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _field(hint: Any) -> _Field:
-    """The field of a type hint."""
-    if hint is int:
-        return _Field("an integer", _same, _read_int)
-    if hint is float:
-        return _Field("a number", _write_float, _read_float)
-    if hint is str:
-        return _Field("a string", _same, _read_str)
-    if hint is Any:
-        return _Field("a value", write_free, read_free)
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return _Field(f"one of {', '.join(parts)}", _same, _choice(parts))
-    if origin is dict:
-        return _mapping(_field(parts[1]))
-    return _optional(_field(parts[0]))  # `T | None` is all that is left
-
-
-def _choice(allowed: tuple[str, ...]) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if value not in allowed:
-            raise ValueError
-        return value
-
-    return read
-
-
-def _mapping(item: _Field) -> _Field:
-    if item.write is write_free:
-        return _Field("an object", write_free, lambda value: dict(read_free(_object(value))))
-    return _Field(
-        f"an object of names and {item.expected.removeprefix('an ').removeprefix('a ')}s",
-        lambda value: {str(key): item.write(entry) for key, entry in value.items()},
-        lambda value: {key: item.read(entry) for key, entry in _object(value).items()},
-    )
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise TypeError
-    return value
-
-
-def _optional(item: _Field) -> _Field:
-    return _Field(
-        f"{item.expected} or null",
-        lambda value: None if value is None else item.write(value),
-        lambda value: None if value is None else item.read(value),
-    )
-
-
 #: Kind -> name of field -> how it is written and read, in the order of the fields.
-_FIELDS = {kind: {name: _field(hint) for name, hint in get_type_hints(kind).items()} for kind in KINDS.values()}
+_FIELDS = {kind: {name: field_of(hint) for name, hint in get_type_hints(kind).items()} for kind in KINDS.values()}

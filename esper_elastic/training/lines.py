@@ -65,7 +65,7 @@ class JsonLines:
             MonitorError: the file cannot be read.
         """
         self.close()
-        content = _finished(self.path.read_bytes())
+        content = self.path.read_bytes()
         lines = content.split(b"\n")
         kept = [lines[index] + b"\n" for index in wanted(_parse(content, self.path))]
         partial = self.path.with_name(f"{self.path.name}.partial")
@@ -92,10 +92,11 @@ def read(path: str | os.PathLike[str]) -> list[Event]:
         content = file.read_bytes()
     except OSError as error:
         raise MonitorError(f"{file}: expected the events of a run, got {error.strerror}. Name the folder that a run wrote to.") from error
-    return _parse(_finished(content), file)
+    return _parse(content, file)
 
 
 def _parse(content: bytes, file: Path) -> list[Event]:
+    """The events of the finished lines."""
     events = []
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         where = f"{file}, line {number}"
