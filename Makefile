@@ -26,7 +26,7 @@ GPU_WORKERS ?= 8
 LAYER_TESTS := tests/test_linear.py tests/test_conv2d.py tests/test_batch_norm.py tests/test_layer_norm.py
 KERNEL_TESTS := $(filter-out tests/test_triton_aot.py,$(wildcard tests/test_triton_*.py))
 
-.PHONY: setup build demo demo-seeds test test-slow test-aot test-gpu sanitize-gpu check bench bench-gpu coverage-models docs clean
+.PHONY: setup build demo demo-seeds example-grow example-prune example-skips test test-slow test-aot test-gpu sanitize-gpu check bench bench-gpu coverage-models docs clean
 
 setup: $(BUILT)
 
@@ -64,6 +64,11 @@ demo: $(BUILT)
 
 demo-seeds: $(BUILT)
 	$(ESPER) demo --seeds 3
+
+# what decisions in training are for, on Fashion-MNIST: a picture, numbers and the run's events under runs/; SEEDS=3 for means
+SEEDS ?= 1
+example-grow example-prune example-skips: example-%: $(BUILT)
+	$(RUN) $(PY) examples/$*.py --seeds $(SEEDS)
 
 test: $(BUILT)
 	$(PYTEST) -m "not slow and not aot" tests

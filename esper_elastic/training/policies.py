@@ -289,25 +289,34 @@ class SkipVanishing:
         ratio: of the largest, below which the gradient of what lies at ``to`` counts as vanished.
         patience: steps in a row for which it must.
         all_at_once: whether all pairs are added in one request when one is due.
+        preserve: whether skips begin at zero. Where the gradient has vanished altogether, a skip that begins at zero may never open.
     """
 
     name = "skip vanishing"
 
-    def __init__(self, pairs: Sequence[tuple[str, str]], *, ratio: float = 1e-3, patience: int = 10, all_at_once: bool = True) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        ratio: float = 1e-3,
+        patience: int = 10,
+        all_at_once: bool = True,
+        preserve: bool = True,
+    ) -> None:
         self._pairs = [(str(source), str(target)) for source, target in pairs]
-        self._ratio, self._patience, self._all = ratio, patience, all_at_once
+        self._ratio, self._patience, self._all, self._preserve = ratio, patience, all_at_once, preserve
         self._below: dict[str, int] = {}
         self._done: list[str] = []
 
     def decisions(self, state: TrainingState) -> Iterable[Any]:
         """The skips that are due, each pair once."""
-        strength = {target: _strength(state.model.get_submodule(target)) for _, target in self._pairs}
-        top = max(strength.values(), default=0.0)
-        last = max((_strength(module) for module in state.model.children()), default=0.0)
-        top = max(top, last)
+        waiting = [(source, target) for source, target in self._pairs if target not in self._done]
+        if not waiting:
+            return ()
+        strength = {target: _strength(state.model.get_submodule(target)) for _, target in waiting}
+        top = _strength(state.model)
         for target, value in strength.items():
             self._below[target] = self._below.get(target, 0) + 1 if value < self._ratio * top else 0
-        waiting = [(source, target) for source, target in self._pairs if target not in self._done]
         due = [pair for pair in waiting if self._below[pair[1]] >= self._patience]
         if not due:
             return ()
@@ -319,6 +328,7 @@ class SkipVanishing:
                     "add_skip_connection",
                     source,
                     position=target,
+                    parameters={"preserve": self._preserve},
                     metadata={"reason": f"gradient at {target} is {strength[target] / max(top, 1e-300):.2g} of the largest"},
                 )
                 for source, target in chosen
