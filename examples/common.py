@@ -103,7 +103,7 @@ def save(path: Path, title: str, text: str, runs: Sequence[Run], numbers: dict[s
     path.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(11, 7.5), dpi=140, facecolor="white")
     top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 1.4), "hspace": 0.08})
-    colours = ["#8d99ae", "#2f6690"][-(len(runs) - 1) :] + ["#d1495b"] if len(runs) > 1 else ["#d1495b"]
+    colours = ("#8d99ae", "#2f6690", "#d1495b")[-len(runs) :]
     for run, colour in zip(runs, colours, strict=True):
         main = run is runs[-1]
         top.plot(*zip(*run.curve, strict=True), color=colour, linewidth=2.6 if main else 1.8, label=f"{run.label}: {run.accuracy:.2f} %")
