@@ -2,7 +2,8 @@
 
 Forward hooks note which elastic layer was called with what. Gradients are taken where autograd delivers them: an alias of each consumer's
 input receives what comes through that consumer alone. No value is computed differently, and no activation is held that autograd does not
-hold for its own backward, as long as that computes weight gradients and recomputes nothing.
+hold for its own backward, as long as that computes weight gradients and recomputes nothing; but for the outputs of a dim that nothing
+consumes.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Observation:
 
 
 @contextlib.contextmanager
-def observe(model: nn.Module, dims: Iterable[ElasticDim] | None = None, *, gradmax: bool = True) -> Iterator[Observation]:
+def observe(model: nn.Module, dims: ElasticDim | Iterable[ElasticDim] | None = None, *, gradmax: bool = True) -> Iterator[Observation]:
     """Watch forward and backward passes through ``model``: ``with ee.growth.observe(model) as seen: loss(model(x)).backward()``.
 
     Args:
@@ -120,12 +121,12 @@ def observe(model: nn.Module, dims: Iterable[ElasticDim] | None = None, *, gradm
         watch.end()
 
 
-def _watched(layers: list[ElasticLayer], dims: Iterable[ElasticDim] | None) -> list[ElasticDim]:
+def _watched(layers: list[ElasticLayer], dims: ElasticDim | Iterable[ElasticDim] | None) -> list[ElasticDim]:
     produced = {id(dim): dim for layer in layers for dim in layer.produced if dim.rigid is None}
     if dims is None:
         return list(produced.values())
     known = {id(dim) for layer in layers for axis in layer._widths.axes for dim in axis.dims}
-    chosen = list({id(dim): dim for dim in dims}.values())
+    chosen = list({id(dim): dim for dim in ([dims] if isinstance(dims, ElasticDim) else dims)}.values())
     for dim in chosen:
         if not isinstance(dim, ElasticDim):
             raise CapacityError(f"growth.observe: dims: expected dims, got {dim!r}. Take them from ee.dims(model).")
