@@ -64,6 +64,20 @@ class Preactivated(nn.Module):
         return self.head(x)
 
 
+class HalfBiased(nn.Module):
+    """A sum of two producers, only one of which can lift newborn units above the relu's zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = ee.ElasticLinear(3, 4, max_out_features=9, **DOUBLE)
+        self.dim = self.one.out_dim
+        self.two = ee.ElasticLinear(3, 4, bias=False, out_dim=self.dim, **DOUBLE)
+        self.head = ee.ElasticLinear(4, 2, in_dim=self.dim, **DOUBLE)
+
+    def forward(self, x):
+        return self.head((self.two(x.square()) + self.one(x)).relu())
+
+
 class Flat(nn.Module):
     """Convolution, pooling, flatten, linear."""
 
@@ -127,6 +141,7 @@ class Sequences(nn.Module):
 NETS = {
     "residual": (Residual, (4, 2, 5, 5)),
     "preactivated": (Preactivated, (8, 3)),
+    "half biased": (HalfBiased, (8, 3)),
     "max pool": (lambda: Flat(nn.MaxPool2d(3, 2, 1)), (4, 2, 4, 3)),
     "average pool": (lambda: Flat(nn.AvgPool2d(2)), (4, 2, 4, 4)),
     "flatten": (lambda: Flat(nn.Identity()), (4, 2, 2, 2)),

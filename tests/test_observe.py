@@ -221,7 +221,6 @@ def test_a_frozen_producer_has_scores_too():
 
 
 def test_what_sleeps_under_a_switch_is_left_out():
-    inner = ee.ElasticLinear(4, 4, **DOUBLE)
     net = nn.Sequential(ee.ElasticLinear(3, 4, max_out_features=5, **DOUBLE))
     inner = ee.ElasticLinear(4, 4, in_dim=net[0].out_dim, out_dim=net[0].out_dim, **DOUBLE)
     net.append(ee.ElasticBlock(inner)).append(ee.ElasticLinear(4, 2, in_dim=net[0].out_dim, **DOUBLE))
@@ -230,8 +229,10 @@ def test_what_sleeps_under_a_switch_is_left_out():
     x = torch.randn(6, 3, **DOUBLE)
     with observe(net) as seen:
         net(x).square().sum().backward()
+        inner(net[0](x) * 2)  # as on a GPU, where static blocks run and give zeros
     expected = (net[2].weight * net[2].weight.grad).detach().sum(0)[:4].abs()
     torch.testing.assert_close(seen.taylor(net[0].out_dim), expected)
+    torch.testing.assert_close(seen.activation(net[0].out_dim), net[0](x)[:, :4].detach().abs().mean(0))
 
 
 def test_unbatched_input_is_one_example():
@@ -324,11 +325,13 @@ def test_relus_in_place_and_training_mode_are_no_obstacle(inplace):
 
 def test_recomputation_is_counted_once():
     net = Conv().eval()
-    x = torch.randn(net.shape, **DOUBLE)
+    x, other = torch.randn(2, *net.shape, **DOUBLE)
     with observe(net) as seen:
         loss_of(net(x)).backward()
+        loss_of(net(other)).backward()
     with observe(net) as again:
         loss_of(checkpointed(net, x)).backward()
+        loss_of(net(other)).backward()
     for score in ("taylor", "fisher", "activation", "zeros"):
         assert torch.equal(getattr(seen, score)(net.dim), getattr(again, score)(net.dim))
 

@@ -147,7 +147,6 @@ class _Watch:
         self.tasks: set[int] = set()
         self.statistics = {dim: Statistic(dim) for dim in seen._scores} if statistics else {}
         self.consumed = {id(dim) for layer in layers for dim in seen._scores if consumes(layer, dim)}
-        self.open = True
         self.handles: list[Any] = []
         for layer in layers:
             self._explain(layer)
@@ -170,7 +169,6 @@ class _Watch:
 
     def end(self) -> None:
         """Take every hook away, and let go of what graphs that are still alive would hold."""
-        self.open = False
         for handle in self.handles:
             handle.remove()
         for call in self.calls:
@@ -219,7 +217,7 @@ class _Watch:
 
     def _live(self, layer: ElasticLayer) -> bool:
         """Whether a call is one to note: no recomputation in a backward, no compilation, no layer asleep."""
-        if not self.open or torch.compiler.is_compiling() or _task() != -1:
+        if torch.compiler.is_compiling() or _task() != -1:
             return False
         return all(switch.on for switch in layer._widths.switches)
 
@@ -228,8 +226,6 @@ class _Watch:
         version = kept._version
 
         def arrived(gradient: Tensor) -> None:
-            if not self.open:
-                return
             task = self._task()
             with torch.no_grad():
                 for source, dim in gates:
@@ -272,9 +268,8 @@ class _Watch:
     def _gradient(
         self, layer: ElasticLayer, statistic: Statistic, shape: tuple[int, ...], inner: int, routes: list[Route], gradient: Tensor
     ) -> None:
-        if self.open:
-            with torch.no_grad():
-                statistic.add(layer, gradient, shape, inner, routes)
+        with torch.no_grad():
+            statistic.add(layer, gradient, shape, inner, routes)
 
     def _task(self) -> int:
         """The backward pass under way; scores are told when it is over."""
