@@ -62,7 +62,8 @@ def taylor(dim: ElasticDim) -> Tensor:
     The sum runs over the weights that consume the unit, in all layers that do: for a linear or convolutional consumer that is the
     derivative of the loss by a gate on the unit, whatever lies between it and its producers. (Over the weights before a batch norm the sum
     would be zero, since the norm undoes their scale.) Units that nothing consumes are scored by all that shapes them: producers,
-    biases, norms. Layers asleep under a switch are left out.
+    biases, norms. Layers asleep under a switch are left out. Gradients that several passes have added up are scored as their sum;
+    :meth:`esper_elastic.growth.Observation.taylor` scores each pass.
 
     Shape:
         ``(dim.active,)``.

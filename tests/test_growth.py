@@ -251,7 +251,9 @@ def test_growth_refuses_widths(n, match, init):
 
 def test_growth_refuses_an_unknown_init():
     net = Net()
-    refused(net, lambda: net.hidden.grow(6, init="random"), ee.CapacityError, r"grow: init: expected 'zero' or 'split', got 'random'")
+    refused(
+        net, lambda: net.hidden.grow(6, init="random"), ee.CapacityError, r"grow: init: expected 'zero', 'split' or 'gradmax', got 'random'"
+    )
 
 
 def test_growth_refuses_a_layer_that_mixes_units_unless_told():

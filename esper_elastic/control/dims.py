@@ -247,7 +247,8 @@ class ElasticDim(Entry, Axis):
         Args:
             n: the new width, at least the present one.
             init: ``"zero"``: random producers, zero consumer columns. ``"split"``: copies of existing units whose outgoing weights are
-                divided in unequal shares (Net2Net), so that they part ways in training.
+                divided in unequal shares (Net2Net), so that they part ways in training. ``"gradmax"``: zero producers, and consumers along
+                the largest gradients that :func:`esper_elastic.growth.observe` saw last (GradMax).
             exact: raise where the function cannot be kept, as for a dim that a LayerNorm runs over.
 
         Effects: writes weights, gradients and optimizer state of the newborn units, over the full capacity of crossing axes; one commit.
@@ -256,7 +257,7 @@ class ElasticDim(Entry, Axis):
             CapacityError: the width is invalid, or the function cannot be kept and ``exact`` holds; nothing has changed.
             OptimizerError: an unguarded optimizer holds state for the parameters; nothing has changed.
 
-        Source: Chen, Goodfellow, Shlens: Net2Net (ICLR 2016), for ``"split"``.
+        Source: Chen, Goodfellow, Shlens: Net2Net (ICLR 2016), for ``"split"``; Evci et al.: GradMax (ICLR 2022), for ``"gradmax"``.
         """
         _verb("grow")(self, n, init=init, exact=exact)
 
