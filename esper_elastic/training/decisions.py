@@ -58,8 +58,8 @@ class AdaptationDecision:
             - resize, grow, prune: ``width`` (units), ``factor`` (of the present width) or ``delta`` (units). Without, grow adds a
               quarter and prune removes a quarter.
             - grow: ``init`` and ``exact`` of :meth:`ElasticDim.grow`.
-            - prune: ``keep``, the units that stay; or ``by``, the score that chooses them: ``"magnitude"`` (default), ``"taylor"``,
-              ``"batch_norm_scale"``.
+            - prune: ``keep``, the units that stay; or ``by``, the score that chooses them: ``"magnitude"`` (default), ``"taylor"``
+              (of the gradients at hand), ``"batch_norm_scale"``.
             - modify_layer: the new configuration, as of :meth:`ModelSurgeon.modify_layer`.
             - add_layer, add_skip_connection: ``preserve``.
             - add_skip_connection: ``from_layer`` and ``to_layer``, if they are not the name and the position.
@@ -119,7 +119,12 @@ class AdaptationDecision:
 
 @runtime_checkable
 class DecisionSource(Protocol):
-    """Whoever decides: a policy, a file that another process writes, a controller that learns when to change what."""
+    """Whoever decides: a policy, a file that another process writes, a controller that learns when to change what.
+
+    What else a source may have: ``name``, for the record; ``outcome(result)``, which is called with every :class:`AdaptationResult` of the
+    run; ``observes(state)``, which is asked before each step and returns ``"scores"`` or ``"gradmax"`` to have it observed
+    (:func:`esper_elastic.growth.observe`), or ``None``; ``state_dict()`` and ``load_state_dict(state)``, JSON-able, for checkpoints.
+    """
 
     def decisions(self, state: Any) -> Iterable[Any]:
         """What to change now.

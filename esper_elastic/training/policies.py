@@ -56,8 +56,17 @@ class When:
 
     def decisions(self, state: TrainingState) -> Iterable[Any]:
         """Those of the other source, if it is asked."""
-        open_ = state.step >= self._first and (self._last is None or state.step <= self._last)
-        return self.source.decisions(state) if open_ and (state.step - self._first) % self._every == 0 else ()
+        return self.source.decisions(state) if self._asks(state.step) else ()
+
+    def observes(self, state: TrainingState) -> str | None:
+        """What the other source wants observed, if it is asked after the step that begins."""
+        observes = getattr(self.source, "observes", None)
+        wanted: str | None = observes(state) if observes is not None and self._asks(state.step + 1) else None
+        return wanted
+
+    def _asks(self, step: int) -> bool:
+        within = step >= self._first and (self._last is None or step <= self._last)
+        return within and (step - self._first) % self._every == 0
 
     def outcome(self, result: Any) -> None:
         """Pass on what became of a request."""
@@ -82,7 +91,8 @@ class GrowOnPlateau:
         factor: of the present width, up to the capacity.
         window: losses in each of the two means that are compared.
         min_improvement: the relative fall from one mean to the next below which the loss counts as stalled.
-        parameters: of the decisions beside the width, as ``{"init": "split"}``.
+        parameters: of the decisions beside the width, as ``{"init": "split"}``. With ``"gradmax"``, one more step is made and observed
+            before the network grows.
         confidence: of the decisions.
     """
 
@@ -102,13 +112,19 @@ class GrowOnPlateau:
         self._factor, self._confidence = factor, confidence
         self._parameters = dict(parameters or {})
         self._detector = PlateauDetector(window, min_improvement)
+        self._stalled: str | None = None
+
+    def observes(self, state: TrainingState) -> str | None:
+        """The step after a stall, for the birth of units by GradMax."""
+        return "gradmax" if self._stalled is not None and self._parameters.get("init") == "gradmax" else None
 
     def decisions(self, state: TrainingState) -> Iterable[Any]:
         """One request at a stall; the detector begins anew after it."""
         self._detector.update(state.loss)
-        reason = self._detector.stalled()
-        if reason is None:
+        self._stalled = reason = self._stalled or self._detector.stalled()
+        if reason is None or (self._parameters.get("init") == "gradmax" and state.observed is None):
             return ()
+        self._stalled = None
         self._detector.reset()
         dims = known(state.model)[0]
         found = {name: dims[name] for name in (self._dims if self._dims is not None else dims)}
@@ -124,13 +140,14 @@ class GrowOnPlateau:
 
     def state_dict(self) -> dict[str, Any]:
         """The losses that it looks at."""
-        return {"losses": self._detector.losses}
+        return {"losses": self._detector.losses, "stalled": self._stalled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
         self._detector.reset()
         for loss in state["losses"]:
             self._detector.update(loss)
+        self._stalled = state["stalled"]
 
 
 def _grown(dim: ElasticDim, factor: float) -> int:
@@ -142,8 +159,8 @@ def _grown(dim: ElasticDim, factor: float) -> int:
 class PruneLeast:
     """Prunes the units that contribute least, all dims in one request, chosen together.
 
-    First-order Taylor scores are summed over the steps between two prunings and brought to unit length in each dim, so that those of
-    different dims can be compared; then the lowest of all go. Source: Molchanov, Tyree, Karras, Aila, Kautz: Pruning convolutional neural
+    Scores are summed over the steps between two prunings and brought to unit length in each dim, so that those of different dims can be
+    compared; then the lowest of all go. Source: Molchanov, Tyree, Karras, Aila, Kautz: Pruning convolutional neural
     networks for resource efficient inference (ICLR 2017), section 2.2 for the comparison.
 
     Args:
@@ -152,7 +169,8 @@ class PruneLeast:
         until: the share of those units that stays in the end.
         dims: names; all of the model's by default.
         least: the share of its width that every dim keeps.
-        sample_every: steps between two looks at the gradients.
+        score: ``"taylor"``, of the gradients that training makes; or ``"fisher"`` or ``"activation"``, of steps that are observed.
+        sample_every: steps between two looks.
     """
 
     name = "prune least"
@@ -165,14 +183,17 @@ class PruneLeast:
         until: float = 0.5,
         dims: Sequence[str] | None = None,
         least: float = 0.1,
+        score: str = "taylor",
         sample_every: int = 1,
     ) -> None:
+        if score not in ("taylor", "fisher", "activation"):
+            raise DecisionError(f"PruneLeast: score: expected 'taylor', 'fisher' or 'activation', got {score!r}.")
         for what, value in (("share", share), ("until", until), ("least", least)):
             if not 0 <= value <= 1:
                 raise DecisionError(f"PruneLeast: {what}: expected a number from 0 to 1, got {value!r}.")
         self._share, self._every, self._until, self._least = share, every, until, least
         self._dims = None if dims is None else list(dims)
-        self._sample_every = sample_every
+        self._score, self._sample_every = score, sample_every
         self._scores: dict[str, Tensor] = {}
         self._widths: dict[str, int] = {}
         self._since = 0
@@ -185,22 +206,29 @@ class PruneLeast:
             self._widths = {name: dim.active for name, dim in found.items()}
         self._since += 1
         if self._since % self._sample_every == 0:
-            self._look(found)
+            self._look(found, state)
         if self._since < self._every or not self._scores:
             return ()
         kept = self._chosen(found)
         self._since, self._scores = 0, {}
         wanted = [
-            AdaptationDecision("prune", name, parameters={"keep": units}, metadata={"reason": "least Taylor scores"})
+            AdaptationDecision("prune", name, parameters={"keep": units}, metadata={"reason": f"least by {self._score}"})
             for name, units in kept.items()
             if len(units) < found[name].active
         ]
         return [wanted] if wanted else ()
 
-    def _look(self, found: dict[str, ElasticDim]) -> None:
+    def observes(self, state: TrainingState) -> str | None:
+        """The steps that are looked at, unless gradients are enough."""
+        return "scores" if self._score != "taylor" and (self._since + 1) % self._sample_every == 0 else None
+
+    def _look(self, found: dict[str, ElasticDim], state: TrainingState) -> None:
+        score = importance.taylor if self._score == "taylor" else getattr(state.observed, self._score, None)
+        if score is None:
+            return
         for name, dim in found.items():
             try:
-                scores = importance.taylor(dim).detach().float().cpu()
+                scores = score(dim).detach().float().cpu()
             except CapacityError:  # switched off, or without a gradient in this step
                 continue
             before = self._scores.get(name)

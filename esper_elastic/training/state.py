@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ..growth import Observation
+
 #: How many losses a run remembers.
 REMEMBERED = 1024
 
@@ -26,6 +28,7 @@ class TrainingState:
         losses: the last ones, oldest first, since the last change of the loss's scale: at most 1024.
         step_seconds: how long the last steps took, in the same order.
         metrics: of the last evaluation.
+        observed: what :func:`esper_elastic.growth.observe` has seen of the last step, if a source asked for it.
 
     Gradients of the last step are still in ``parameter.grad``; weights have been stepped since.
     """
@@ -40,6 +43,7 @@ class TrainingState:
         self.losses: deque[float] = deque(maxlen=REMEMBERED)
         self.step_seconds: deque[float] = deque(maxlen=REMEMBERED)
         self.metrics: dict[str, float] = {}
+        self.observed: Observation | None = None
 
     def mean_loss(self, count: int, before: int = 0) -> float | None:
         """The mean of ``count`` losses, those of the last ``before`` steps left out; ``None`` while there are not as many."""

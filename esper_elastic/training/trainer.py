@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import optim
+from .. import growth, optim
 from ..checkpoint import load
 from ..convert.restore import generators_kept
 from ..errors import CheckpointError, TrainingError
@@ -146,6 +146,7 @@ class Trainer:
         self._watch = None if governor is None else Watch(governor, [optimizer, *self.schedulers, scaler, ema])
         self._save_due = False
         self._window: list[Tensor] = []
+        self._observing = contextlib.ExitStack()
         self._at_epoch: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         self._resumed: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         self._generators: dict[str, torch.Generator] = {}
@@ -209,6 +210,7 @@ class Trainer:
             raise
         finally:
             self._inside, self._trained_by = False, None
+            self._observing.close()
             self._window.clear()
             self._emit(RunEnded(self.state.step, time.time(), reason))
             self.monitor.flush()
@@ -225,6 +227,7 @@ class Trainer:
         """Forward and backward of one batch; the step of the optimizer if the window is full. Returns whether it was."""
         if not self._window:
             self._begun = time.perf_counter()
+            self._observe()
             self.optimizer.zero_grad()  # type: ignore[union-attr]  # what is left of the last step was there for those who decide
         self._inside = True
         with torch.autocast(_device_of(self.model), self.autocast) if self.autocast is not None else contextlib.nullcontext():
@@ -234,6 +237,7 @@ class Trainer:
         self._window.append(loss.detach())
         if len(self._window) < self.accumulate:
             return False
+        self._observing.close()
         self._step_optimizer()
         state = self.state
         state.step += 1
@@ -243,6 +247,13 @@ class Trainer:
         state.step_seconds.append(time.perf_counter() - self._begun)
         self._inside = False
         return True
+
+    def _observe(self) -> None:
+        """Observe the step that begins, if a source asks for that."""
+        self.state.observed = None
+        wanted = {source.observes(self.state) for source in self.sources if hasattr(source, "observes")} - {None}
+        if wanted:
+            self.state.observed = self._observing.enter_context(growth.observe(self._root, gradmax="gradmax" in wanted))
 
     def _step_optimizer(self) -> None:
         optimizer: Any = self.optimizer
