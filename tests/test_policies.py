@@ -1,4 +1,4 @@
-"""Policies decide what they promise, in runs that train: growth at a stall, the least of units and blocks, skips past vanished gradients."""
+"""Policies decide what they promise in training: growth at a stall, the least of units and blocks, skips past vanished gradients."""
 
 from __future__ import annotations
 
