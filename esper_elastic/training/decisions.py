@@ -137,6 +137,11 @@ class DecisionSource(Protocol):
         """
 
 
+def name_of(source: Any) -> str:
+    """What a source is called in records."""
+    return str(getattr(source, "name", None) or type(source).__name__)
+
+
 # Reading
 
 

@@ -14,7 +14,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -24,28 +24,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import growth, optim
-from ..checkpoint import load
 from ..convert.restore import generators_kept
-from ..errors import CheckpointError, TrainingError
+from ..errors import TrainingError
 from ..model import known
 from ..summary import parameters_in_use
 from ..surgery import ModelSurgeon
-from ..surgery.transaction import transaction
-from ..surgery.trial.recording import attempt
 from ..surgery.trial.twins import unwrapped
-from . import checkpoints
+from . import checkpoints, resumption
 from .bar import bar
 from .controller import AdaptationResult, Controller
-from .decisions import DecisionSource
+from .decisions import DecisionSource, name_of
+from .epochs import Batches, Epochs
 from .events import Evaluated, Event, Progress, Restored, Resumed, RunEnded, RunStarted, Saved, SnapshotTaken
 from .governor import Governor, Watch
+from .inputs import inputs_of_shape
 from .mechanisms import Step
 from .monitor import Monitor
 from .record import Record
 from .safety import Guardian, Safety, Verdict
 from .state import TrainingState
 
-Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 Loss = Callable[[Any, Any], Tensor]
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
@@ -133,7 +131,7 @@ class Trainer:
         self.record = Record(self.monitor, self.state)
         followers = {"optimizer": optimizer, "schedulers": tuple(self.schedulers), "scaler": scaler, "ema": ema}
         if example_inputs is None and input_shape is not None:
-            example_inputs = _inputs_of_shape(root, input_shape)
+            example_inputs = inputs_of_shape(root, input_shape)
         self.controller = Controller(
             root,
             ModelSurgeon(example_inputs),
@@ -147,9 +145,7 @@ class Trainer:
         self._save_due = False
         self._window: list[Tensor] = []
         self._observing = contextlib.ExitStack()
-        self._at_epoch: tuple[dict[str, Any], dict[str, Tensor]] | None = None
-        self._resumed: tuple[dict[str, Any], dict[str, Tensor]] | None = None
-        self._generators: dict[str, torch.Generator] = {}
+        self._epochs = Epochs(self.state)
         self._parameters = self.controller.guardian.active
         self._evaluated = -1
         self._inside = self._started = False
@@ -193,7 +189,7 @@ class Trainer:
         try:
             with bar(steps, progress) as advance:
                 while (epochs is None or self.state.epoch < epochs) and (steps is None or self.state.step < steps):
-                    for batch in self._epoch(data):
+                    for batch in self._epochs.left(data):
                         if not self._step(batch):
                             continue
                         self._between_steps(evaluate, evaluate_every)
@@ -281,7 +277,7 @@ class Trainer:
             self._govern(self._watch)
         for source in self.sources:
             for decision in source.decisions(state):
-                controller.submit(decision, source=_name_of(source))
+                controller.submit(decision, source=name_of(source))
         if not controller.idle:
             controller.drain()
         self.record.stepped()
@@ -404,32 +400,6 @@ class Trainer:
         guardian = Guardian(self.controller.guardian.limits, model)
         return Controller(model, self.controller.surgeon, guardian, taken_up=self.record.requested, done=self.record.done)
 
-    # Data
-
-    def _epoch(self, data: Batches) -> Iterator[Any]:
-        """The batches of this epoch that are left: those already taken are drawn again, with the random numbers of then, and left out."""
-        state, generators = self.state, _generators_of(data)
-        now, self._resumed = self._resumed, None
-        if state.batch == 0:
-            if now is not None:
-                checkpoints.set_random_state(*now, generators)
-            self._at_epoch = checkpoints.random_state(generators)
-            batches = iter(data(state.epoch) if callable(data) else data)
-        else:
-            assert self._at_epoch is not None
-            now = checkpoints.random_state(generators) if now is None else now
-            checkpoints.set_random_state(*self._at_epoch, generators)
-            batches = iter(data(state.epoch) if callable(data) else data)
-            for _ in range(state.batch):
-                next(batches)
-            checkpoints.set_random_state(*now, generators)
-        self._generators = generators
-        for batch in batches:
-            state.batch += 1
-            yield batch
-        if state.batch == 0:
-            raise TrainingError(f"Trainer.fit: data: expected batches, got none in epoch {state.epoch}.")
-
     def _end_epoch(self, evaluate: Evaluate | None) -> None:
         if evaluate is not None:
             self._evaluate(evaluate)
@@ -455,14 +425,9 @@ class Trainer:
         self._save_due = False
         if self._watch is not None:
             self._watch.forget()
-        content = {name: part.state_dict() for name, part in self._parts().items()}
-        content |= {"schedulers": [scheduler.state_dict() for scheduler in self.schedulers], "names": self._names()}
-        tensors: dict[str, Tensor] = {f"ema:{name}": tensor for name, tensor in checkpoints.average_tensors(self.ema).items()}
-        for key, (numbers, states) in (("now", checkpoints.random_state(self._generators)), ("epoch", self._at_epoch or ({}, {}))):
-            content[f"random:{key}"] = numbers
-            tensors |= {f"random:{key}:{name}": state for name, state in states.items()}
-        parts = {"model": self.model, "optimizer": self.optimizer}
-        path = checkpoints.write(self.directory, self.state.step, parts, content, tensors, self.keep_checkpoints)
+        content, tensors = resumption.content_of(self)
+        modules = {"model": self.model, "optimizer": self.optimizer}
+        path = checkpoints.write(self.directory, self.state.step, modules, content, tensors, self.keep_checkpoints)
         self._emit(Saved(self.state.step, time.time(), path.name, 1e3 * (time.perf_counter() - begun)))
         self.monitor.flush()
         return path
@@ -480,59 +445,32 @@ class Trainer:
         Raises:
             CheckpointError: it does not fit this trainer.
         """
-        if path is None:
-            path = None if self.directory is None else checkpoints.latest(self.directory)
-            if path is None:
-                return False
-        path = Path(path)
-        content, tensors = checkpoints.read(path)
-        parts = self._parts()
-        names = self._names()
-        if content.get("names") != names:
-            raise CheckpointError(f"resume: {path}: expected a run with {names}, got one with {content.get('names')}.")
-        with transaction(self._root, self.optimizer or (), ema=self.ema, validate=False):  # so that the average has the edits as well
-            load(path / "model.safetensors", self.model, self.optimizer, modules=modules)
-        taken = {prefix: {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)} for prefix in _PREFIXES}
-        checkpoints.load_average(self.ema, taken["ema:"])
-        self._follow_widths()
-        for scheduler, state in zip(self.schedulers, content["schedulers"], strict=True):
-            scheduler.load_state_dict(state)
-        for name, part in parts.items():
-            part.load_state_dict(content[name])
-        self._at_epoch = (content["random:epoch"], taken["random:epoch:"]) if content["random:epoch"] else None
-        self._resumed = (content["random:now"], taken["random:now:"])
+        found = Path(path) if path is not None else None if self.directory is None else checkpoints.latest(self.directory)
+        if found is None:
+            return False
+        resumption.resume(self, found, modules)
         self._parameters, self._started = -1, True
-        self.monitor.rewind(self.state.step)
-        self._emit(Resumed(self.state.step, time.time(), path.name))
+        self._follow_widths()
+        self._emit(Resumed(self.state.step, time.time(), found.name))
         return True
 
-    def _parts(self) -> dict[str, Any]:
-        """What has a state of its own, by name."""
+    def parts(self) -> dict[str, Any]:
+        """What of the run has a state of its own, by name."""
         parts: dict[str, Any] = {
             "state": self.state,
             "guardian": self.controller.guardian,
             "controller": self.controller,
             "record": self.record,
+            "epochs": self._epochs,
             "monitor": self.monitor,
         }
         if self._watch is not None:
-            parts["watch"] = self._watch
+            parts["governor"] = self._watch
         if self.scaler is not None:
             parts["scaler"] = self.scaler
-        for number, source in enumerate(self.sources):
-            if hasattr(source, "state_dict"):
-                parts[f"source:{number}"] = source
+        for kind, several in (("scheduler", self.schedulers), ("source", self.sources)):
+            parts |= {f"{kind}:{number}": part for number, part in enumerate(several) if hasattr(part, "state_dict")}
         return parts
-
-    def _names(self) -> dict[str, Any]:
-        """What a checkpoint has to fit."""
-        return {
-            "schedulers": [type(scheduler).__name__ for scheduler in self.schedulers],
-            "sources": [_name_of(source) for source in self.sources],
-            "scaler": self.scaler is not None,
-            "ema": self.ema is not None,
-            "governor": self._watch is not None,
-        }
 
     # Beginning and telling
 
@@ -545,7 +483,11 @@ class Trainer:
             return
         self._started = True
         widths = {name: dim.active for name, dim in known(self._root)[0].items()}
-        settings = {"accumulate": self.accumulate, "optimizer": type(self.optimizer).__name__, "sources": self._names()["sources"]}
+        settings = {
+            "accumulate": self.accumulate,
+            "optimizer": type(self.optimizer).__name__,
+            "sources": [name_of(source) for source in self.sources],
+        }
         settings["safety"] = {name: value for name, value in vars(self.controller.guardian.limits).items() if name != "allowed"}
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         self._emit(RunStarted(self.state.step, time.time(), type(self._root).__name__, self._count(), None, widths, settings, versions))
@@ -560,13 +502,6 @@ class Trainer:
         self.monitor.emit(event)
 
 
-_PREFIXES = ("ema:", "random:now:", "random:epoch:")
-
-
-def _name_of(source: Any) -> str:
-    return str(getattr(source, "name", None) or type(source).__name__)
-
-
 def _device_of(model: nn.Module) -> str:
     parameter = next(model.parameters(), None)
     return "cpu" if parameter is None else parameter.device.type
@@ -576,27 +511,3 @@ def _clip(model: nn.Module, optimizer: Any, norm: float) -> None:
     """Clip what is active: dormant gradients have no norm."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optim.clip_grad_norm_(parameters, norm)
-
-
-def _generators_of(data: Any) -> dict[str, torch.Generator]:
-    """Generators of a loader and of its sampler, by name."""
-    found = {"loader": getattr(data, "generator", None), "sampler": getattr(getattr(data, "sampler", None), "generator", None)}
-    return {name: generator for name, generator in found.items() if isinstance(generator, torch.Generator)}
-
-
-def _inputs_of_shape(model: nn.Module, shape: Sequence[int]) -> Tensor:
-    """An input of a shape, with a batch of two in front if it takes that.
-
-    Raises:
-        TrainingError: the model runs on neither.
-    """
-    if isinstance(shape, str) or not all(type(n) is int and 0 < n < 2**20 for n in shape) or math.prod(shape) > 2**28:
-        raise TrainingError(f"Trainer: input_shape: expected the sizes of one input, got {shape!r}.")
-    said = ""
-    for given in ((2, *shape), tuple(shape)):
-        x = torch.zeros(given, device=_device_of(model))
-        calls, failure = attempt(model, (x,), {}, explain=False)
-        if calls is not None:
-            return x
-        said = said or f"{given}: {failure}"
-    raise TrainingError(f"Trainer: input_shape: {type(model).__name__} runs neither on {tuple(shape)} nor with a batch before it: {said}.")
