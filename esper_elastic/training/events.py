@@ -89,7 +89,10 @@ class Refused(Event):
 
 @dataclass(frozen=True, slots=True)
 class Applied(Event):
-    """A decision was carried out; what the model is like since. Counting parameters may be left to the next :class:`Progress`."""
+    """A decision was carried out; what the model is like since.
+
+    ``widths`` are those that may have changed. Counting parameters may be left to the next :class:`Progress`.
+    """
 
     request: int
     adaptation_type: str

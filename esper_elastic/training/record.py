@@ -51,8 +51,11 @@ class Record:
         step, now = self.state.step, time.time()
         if result:
             assert result.mechanism is not None
-            widths = {name: dim.active for name, dim in known(self.state.model)[0].items()}
+            everything = result.mechanism == "surgery"
+            widths = {name: dim.active for name, dim in known(self.state.model)[0].items()} if everything else {}
             for decision, details in zip(result.decisions, result.details, strict=True):
+                if not everything and type(details.get("to")) is int:
+                    widths = {details["name"]: details["to"]}
                 self.monitor.emit(
                     Applied(
                         step,

@@ -175,7 +175,8 @@ class Story:
             case Applied():
                 decision = self._of(event)
                 decision.verdict, decision.milliseconds, decision.mechanism = "applied", event.milliseconds, event.mechanism
-                self.states.append(State(event.step, event.request, event.parameters, event.multiply_adds, event.widths))
+                widths = (self.states[-1].widths if self.states else {}) | event.widths
+                self.states.append(State(event.step, event.request, event.parameters, event.multiply_adds, widths))
             case Effect():
                 if event.request in self._decisions:
                     self._decisions[event.request].effect = event
