@@ -9,24 +9,28 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 
-from .. import importance
+from .. import followers, importance
 from ..control import Axis, ElasticDim
 from ..errors import CapacityError, DecisionError
 from ..layers import ElasticLayer
+from ..layers.units import distinct, places
 from ..model import known
 from ..surgery import ModelSurgeon, SurgeryResult
-from .cost import Cost, of_layer, of_units, of_width
+from ..surgery.specs.specs import shown
+from .cost import SIZES, Cost, of_change, of_insertion, of_own, of_switch, of_width, size_of
 from .decisions import AdaptationDecision
 
 Mechanism = Literal["metadata", "surgery"]
 
 #: What grow and prune make of a width without being told.
 GROW, PRUNE = 1.25, 0.75
+#: The largest size that surgery gives a layer.
+MOST_UNITS = 2**20
 
 _UNITS_OF: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "out_channels"),
@@ -41,6 +45,10 @@ _SCORES: dict[str, Callable[[ElasticDim], Tensor]] = {
 }
 
 
+class NeedsCommit(Exception):
+    """A step that reads what an open batch has staged and not yet done."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One decision, ready to be carried out on one model.
@@ -52,7 +60,8 @@ class Step:
         carry_out: makes the change and returns its details.
         direction: 1 for what adds capacity, -1 for what removes some, else 0.
         cost: what it adds, computed when asked.
-        width: of the dim afterwards, if it is one that changes.
+        width: of the dim afterwards, if it is one that changes; of several the smallest.
+        writes: the dim whose units are initialised or moved, which neither a batch nor a transaction undoes by itself.
     """
 
     decision: AdaptationDecision
@@ -62,6 +71,7 @@ class Step:
     direction: int = 0
     cost: Callable[[], Cost] = Cost
     width: int | None = None
+    writes: ElasticDim | None = None
 
 
 def step_for(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
@@ -70,6 +80,7 @@ def step_for(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurge
     Raises:
         DecisionError: it names what the model does not have, or parameters that it cannot take.
         CapacityError: a dim cannot take the width.
+        NeedsCommit: what is staged has to be published first.
     """
     return _STEPS[decision.adaptation_type](decision, model, surgeon)
 
@@ -87,6 +98,7 @@ def resolve(name: str, names: Iterable[str], what: str) -> str:
 
 
 def _resolve(name: str, names: Iterable[str], what: str) -> str | None:
+    names = names if isinstance(names, Mapping) else list(names)
     if name in names:
         return name
     spelled = name.replace(".", "_")
@@ -114,7 +126,8 @@ def _paths(model: nn.Module) -> dict[str, nn.Module]:
 
 def _width(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
     assert decision.layer_name is not None
-    _require_only(decision, {"width", "factor", "delta", "init", "exact", "keep", "by", "preserve"})
+    if decision.parameters:
+        _require_only(decision, _WIDTH_WORDS[decision.adaptation_type])
     dims, _ = known(model)
     name = decision.layer_name
     dim = dims.get(name)
@@ -124,13 +137,16 @@ def _width(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon
         return _width_of_plain(decision, name, model, surgeon)
     before = dim.staged
     width = _target(decision, before, dim.multiple_of, dim.minimum)
+    _require_direction(decision, before, width)
     direction = (width > before) - (width < before)
     if width > dim.capacity:
         return _beyond_capacity(decision, name, dim, width, model, surgeon)
     dim.admit(width)
-    change = {"resize": _resize, "grow": _grow, "prune": _prune}[decision.adaptation_type]
-    carry_out = functools.partial(change, decision, name, dim, before, width)
-    return Step(decision, "metadata", name, carry_out, direction, functools.partial(of_width, dim, before, width), width)
+    if decision.adaptation_type == "prune" and width < before:
+        _require_score(decision, dim)
+    carry_out = functools.partial(_CHANGES[decision.adaptation_type], decision, name, dim, before, width)
+    writes = None if decision.adaptation_type == "resize" else dim
+    return Step(decision, "metadata", name, carry_out, direction, functools.partial(of_width, dim, before, width), width, writes)
 
 
 def _resize(decision: AdaptationDecision, name: str, dim: ElasticDim, before: int, width: int) -> dict[str, Any]:
@@ -139,28 +155,63 @@ def _resize(decision: AdaptationDecision, name: str, dim: ElasticDim, before: in
 
 
 def _grow(decision: AdaptationDecision, name: str, dim: ElasticDim, before: int, width: int) -> dict[str, Any]:
-    if width < before:
-        raise DecisionError(
-            f"decision: {decision}: expected a width of at least {before}, got {width}. Prune or resize to have fewer units."
-        )
-    init, exact = decision.parameters.get("init", "zero"), decision.parameters.get("exact", True)
-    if type(init) is not str or type(exact) is not bool:
-        raise DecisionError(f"decision: {decision}: init and exact: expected a name and True or False, got {init!r} and {exact!r}.")
-    dim.grow(width, init=init, exact=exact)
+    init = decision.parameters.get("init", "zero")
+    dim.grow(width, init=init, exact=decision.parameters.get("exact", True))
     return {"name": name, "from": before, "to": width, "init": init}
 
 
 def _prune(decision: AdaptationDecision, name: str, dim: ElasticDim, before: int, width: int) -> dict[str, Any]:
-    if width > before:
-        raise DecisionError(f"decision: {decision}: expected a width of at most {before}, got {width}. Grow or resize to have more units.")
     kept = decision.parameters.get("keep")
     by = decision.parameters.get("by", "magnitude")
-    if kept is None:
-        if by not in _SCORES:
-            raise DecisionError(f"decision: {decision}: by: expected one of {', '.join(_SCORES)}, got {by!r}. Or name the units to keep.")
+    if kept is None and width < before:
         kept = importance.top(_SCORES[by](dim), width)
-    dim.keep(kept)
+    if kept is not None:
+        dim.keep(kept)
     return {"name": name, "from": before, "to": width} | ({} if "keep" in decision.parameters else {"by": by})
+
+
+_WIDTH_WORDS = {
+    "resize": {"width", "factor", "delta", "preserve"},
+    "grow": {"width", "factor", "delta", "preserve", "init", "exact"},
+    "prune": {"width", "factor", "delta", "keep", "by"},
+}
+_CHANGES = {"resize": _resize, "grow": _grow, "prune": _prune}
+
+
+def _require_direction(decision: AdaptationDecision, before: int, width: int) -> None:
+    """Refuse to grow to less, to prune to more, and words of theirs that say nothing."""
+    kind, given = decision.adaptation_type, decision.parameters
+    if kind == "grow" and width < before:
+        raise DecisionError(
+            f"decision: {decision}: expected a width of at least {before}, got {width}. Prune or resize to have fewer units."
+        )
+    if kind == "prune" and width > before:
+        raise DecisionError(f"decision: {decision}: expected a width of at most {before}, got {width}. Grow or resize to have more units.")
+    if type(given.get("init", "zero")) is not str:
+        raise DecisionError(f"decision: {decision}: init: expected a name, got {shown(given['init'])}.")
+    for word in ("exact", "preserve"):
+        if type(given.get(word, True)) is not bool:
+            raise DecisionError(f"decision: {decision}: {word}: expected True or False, got {shown(given[word])}.")
+    by = given.get("by", "magnitude")
+    if type(by) is not str or by not in _SCORES:
+        raise DecisionError(f"decision: {decision}: by: expected one of {', '.join(_SCORES)}, got {shown(by)}. Or name the units to keep.")
+
+
+def _require_score(decision: AdaptationDecision, dim: ElasticDim) -> None:
+    """Scores are of units as they are, which those of an open batch are not yet."""
+    batch = dim.block._batch
+    if batch is not None and dim in batch.values and decision.parameters.get("keep") is None:
+        raise NeedsCommit
+
+
+def save_units(dim: ElasticDim, save: Callable[..., None]) -> None:
+    """Hand all that holds units of a dim to ``save``: weights, buffers, gradients, the state of optimizers."""
+    for place in distinct(places(dim, dim.label)):
+        save(place.tensor)
+        if place.tensor.is_leaf and place.tensor.grad is not None:
+            save(place.tensor.grad)
+        for follower in followers.followers_of(place.tensor):
+            save(*(each for each in follower.state[place.tensor].values() if isinstance(each, Tensor)))  # type: ignore[attr-defined]
 
 
 def _target(decision: AdaptationDecision, before: int, multiple: int, minimum: int) -> int:
@@ -177,15 +228,15 @@ def _target(decision: AdaptationDecision, before: int, multiple: int, minimum: i
     word = said[0]
     value = given[word]
     if word == "keep":
-        if not isinstance(value, Sequence | Tensor) or isinstance(value, str | bytes):
-            raise DecisionError(f"decision: {decision}: keep: expected the indices of units, got {value!r}.")
+        if type(value) not in (list, tuple, range) and not (type(value) is Tensor and value.dim() == 1):
+            raise DecisionError(f"decision: {decision}: keep: expected a list of the indices of units, got {shown(value)}.")
         return len(value)
     if word == "factor":
         if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value <= 1024:
-            raise DecisionError(f"decision: {decision}: factor: expected a number above 0 and at most 1024, got {value!r}.")
+            raise DecisionError(f"decision: {decision}: factor: expected a number above 0 and at most 1024, got {shown(value)}.")
         return max(_rounded(before * value, before, multiple), minimum)
     if type(value) is not int or abs(value) > 2**31:
-        raise DecisionError(f"decision: {decision}: {word}: expected an integer, got {value!r}.")
+        raise DecisionError(f"decision: {decision}: {word}: expected an integer, got {shown(value)}.")
     return value if word == "width" else before + value
 
 
@@ -198,23 +249,31 @@ def _rounded(wanted: float, before: int, multiple: int) -> int:
 
 
 def _dim_of(name: str, model: nn.Module, dims: Mapping[str, ElasticDim]) -> tuple[str, ElasticDim | None]:
-    """A dim by its name, or as the one that a layer gives; or the path of a plain layer."""
-    found = _resolve(name, dims, "layer")
-    if found is not None:
-        return found, dims[found]
+    """A dim by its name, or as the one that a layer gives; or the path of a plain layer. What is spelled in full goes first."""
     paths = _paths(model)
-    path = _resolve(name, paths, "layer")
-    if path is None:
-        _unknown(name, [*dims, *paths], "dim or layer")
-    layer = paths[path]
+    found = _resolve(name, {**paths, **dims}, "dim or layer")
+    if found is None:
+        found = next((key for key, dim in dims.items() if dim.name == name), None)
+    if found is None:
+        _unknown(name, {**dims, **paths}, "dim or layer")
+    if found in dims:
+        return found, dims[found]
+    layer = paths[found]
     if not isinstance(layer, ElasticLayer):
-        return path, None
+        return found, None
     axis = _axis_of(layer)
-    own = [each for each in (axis.dims if axis is not None else []) if each.rigid is None]
+    own = axis.dims if axis is not None else []
     named = {id(dim): key for key, dim in dims.items()}
-    if len(own) != 1 or id(own[0]) not in named:
-        _unknown(name, dims, "dim")
-    return named[id(own[0])], own[0]
+    free = [dim for dim in own if dim.rigid is None and id(dim) in named]
+    if len(own) == len(free) == 1:
+        return named[id(own[0])], own[0]
+    if len(free) > 1:
+        several = ", ".join(named[id(dim)] for dim in free)
+        raise DecisionError(
+            f"decision: {name!r}: expected one dim, got a layer whose units are those of several: {several}. Name one of those."
+        )
+    reason = next((f", since {dim.rigid}" for dim in own if dim.rigid is not None), "")
+    raise DecisionError(f"decision: {name!r}: expected a layer whose width can change, got one whose width is fixed{reason}.")
 
 
 def _axis_of(layer: Any) -> Axis | None:
@@ -234,6 +293,7 @@ def _width_of_plain(decision: AdaptationDecision, path: str, model: nn.Module, s
         )
     before = getattr(layer, attribute)
     width = _target(decision, before, 1, 1)
+    _require_direction(decision, before, width)
     return _modify(decision, path, {attribute: width}, model, surgeon)
 
 
@@ -247,8 +307,11 @@ def _beyond_capacity(decision: AdaptationDecision, name: str, dim: ElasticDim, w
     layer: Any = model.get_submodule(path) if path in _paths(model) else None
     attribute = _units_of(layer) if layer is not None else None
     axis = _axis_of(layer) if layer is not None else None
-    if decision.adaptation_type == "prune":
-        dim.admit(width)
+    if decision.parameters.get("init", "zero") != "zero":
+        raise CapacityError(
+            f"{dim.label}: cannot activate {width} units: capacity is {dim.capacity}, and units beyond it begin at zero. "
+            "Leave out init, or grow in two steps."
+        )
     if attribute is None or axis is None or len(axis.segments) != 1 or axis.segments[0].dim is not dim:
         raise CapacityError(
             f"{dim.label}: cannot activate {width} units: capacity is {dim.capacity}, and no single layer gives its units, "
@@ -264,7 +327,7 @@ def _switch(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeo
     assert decision.layer_name is not None
     _require_only(decision, set())
     _, blocks = known(model)
-    name = decision.layer_name if decision.layer_name in blocks else _resolve(decision.layer_name, blocks, "block")
+    name = _resolve(decision.layer_name, blocks, "block")
     if name is None:
         if decision.layer_name in _paths(model):
             raise DecisionError(
@@ -278,7 +341,8 @@ def _switch(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeo
         switch.set(on)
         return {"name": name, "from": before, "to": on}
 
-    return Step(decision, "metadata", name, carry_out, 1 if on else -1)
+    direction = on - bool(switch.staged)
+    return Step(decision, "metadata", name, carry_out, direction, functools.partial(of_switch, model, switch, on))
 
 
 # Surgery
@@ -291,14 +355,14 @@ def _add_layer(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSur
     assert layer is not None
     position = f"{side}_{path}"
     edit = functools.partial(surgeon.add_layer, model, position, layer, **_preserve(decision))
-    return Step(decision, "surgery", path, functools.partial(_operate, edit), 1, functools.partial(of_layer, layer))
+    return Step(decision, "surgery", path, functools.partial(_operate, edit), 1, functools.partial(of_insertion, layer, model))
 
 
 def _position(decision: AdaptationDecision, model: nn.Module) -> tuple[str, str]:
     position = decision.position if decision.position is not None else "after"
     side, _, path = position.partition("_")
     if side not in ("after", "before") or not (path or decision.layer_name):
-        raise DecisionError(f'decision: {decision}: position: expected "after_<path>" or "before_<path>", got {position!r}.')
+        raise DecisionError(f'decision: {decision}: position: expected "after_<path>" or "before_<path>", got {shown(position)}.')
     return side, resolve(path or decision.layer_name or "", _paths(model), "layer")
 
 
@@ -340,20 +404,24 @@ def _within_capacity(decision: AdaptationDecision, path: str, layer: Any, size: 
         return {"name": path, "from": before, "to": width}
 
     direction = (width > before) - (width < before)
-    return Step(decision, "metadata", path, carry_out, direction, functools.partial(of_width, dim, before, width), width)
+    return Step(decision, "metadata", path, carry_out, direction, functools.partial(of_width, dim, before, width), width, dim)
 
 
 def _modify(decision: AdaptationDecision, path: str, config: dict[str, Any], model: nn.Module, surgeon: ModelSurgeon) -> Step:
     layer: Any = model.get_submodule(path)
-    attribute = _units_of(layer)
-    size = config.get(attribute) if attribute is not None else None
-    before = getattr(layer, attribute) if attribute is not None else None
-    direction, cost, width = 0, Cost, None
-    if type(size) is int and type(before) is int:
-        direction, width = (size > before) - (size < before), size
-        cost = functools.partial(of_units, model, path, before, size, surgeon.example_inputs)  # type: ignore[assignment]
+    sizes = {name: size for name, size in config.items() if name in SIZES and type(size) is int}
+    for name, size in sizes.items():
+        if not 0 < size <= MOST_UNITS:
+            raise DecisionError(f"decision: {decision}: {path}: {name}: expected an integer from 1 to {MOST_UNITS}, got {shown(size)}.")
+    changes = [size - size_of(layer, name) for name, size in sizes.items()]
+    cost = functools.partial(of_change, model, path, config, surgeon.example_inputs)
+    direction = _sign(max(changes, key=abs, default=0)) or _sign(of_own(layer, config).allocated)
     edit = functools.partial(surgeon.modify_layer, model, path, config, **_preserve(decision))
-    return Step(decision, "surgery", path, functools.partial(_operate, edit), direction, cost, width)
+    return Step(decision, "surgery", path, functools.partial(_operate, edit), direction, cost, min(sizes.values(), default=None))
+
+
+def _sign(number: int) -> int:
+    return (number > 0) - (number < 0)
 
 
 def _add_skip(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
@@ -363,7 +431,7 @@ def _add_skip(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurg
     if type(source) is not str or type(target) is not str:
         raise DecisionError(
             f"decision: {decision}: expected where the skip begins (layer_name) and where it ends (position), "
-            f"got {source!r} and {target!r}."
+            f"got {shown(source)} and {shown(target)}."
         )
     target = target.removeprefix("after_") if target not in paths else target
     source, target = resolve(source, paths, "layer"), resolve(target, paths, "layer")
