@@ -19,14 +19,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..control import ControlBlock
+from ..control import ControlBlock, ElasticDim
 from ..errors import CapacityError, DecisionError, ElasticError, SafetyError, SurgeryError, TrainingError
 from ..model import known
 from ..surgery import ModelSurgeon
 from ..surgery.transaction import transaction
-from ..surgery.undo import UndoLog, save_values
+from ..surgery.undo import UndoLog, save_objects, save_values
 from .decisions import AdaptationDecision
 from .mechanisms import Mechanism, NeedsCommit, Step, save_units, step_for
 from .safety import Guardian, Verdict
@@ -401,17 +401,19 @@ class Controller:
             self.before_change(step)
         served.steps.append(step)
         if step.writes is not None:
-            block = step.writes.block
-            save = save_values if block._batch is None else self._note_values
-            block.stage(step.writes, step.writes.staged, functools.partial(save_units, step.writes, save))
+            save = functools.partial(self._save, step.writes, step.writes.block._batch is not None)
+            step.writes.block.stage(step.writes, step.writes.staged, save)
         served.details.append(step.carry_out())
 
-    def _note_values(self, *tensors: Tensor) -> None:
-        """Note what the open batch is about to write: a commit by itself undoes no write to a weight."""
+    def _save(self, dim: ElasticDim, in_batch: bool) -> None:
+        """Note what a batch, or a step of a transaction, is about to write: the commit by itself undoes no write to a weight."""
+        if not in_batch:
+            save_units(dim, save_values, save_objects)
+            return
         if self._log is None:
             self._log = UndoLog()
             self._log.record_random_numbers()
-        self._log.save_values(*tensors)
+        save_units(dim, self._log.save_values, self._log.record)
 
     def _finished(self, served: _Served) -> AdaptationResult:
         result = served.result

@@ -204,14 +204,16 @@ def _require_score(decision: AdaptationDecision, dim: ElasticDim) -> None:
         raise NeedsCommit
 
 
-def save_units(dim: ElasticDim, save: Callable[..., None]) -> None:
-    """Hand all that holds units of a dim to ``save``: weights, buffers, gradients, the state of optimizers."""
+def save_units(dim: ElasticDim, save_values: Callable[..., None], save_objects: Callable[..., None]) -> None:
+    """Report all that holds units of a dim: weights, buffers, gradients, the state of optimizers with the dicts that hold it."""
     for place in distinct(places(dim, dim.label)):
-        save(place.tensor)
+        save_values(place.tensor)
         if place.tensor.is_leaf and place.tensor.grad is not None:
-            save(place.tensor.grad)
+            save_values(place.tensor.grad)
         for follower in followers.followers_of(place.tensor):
-            save(*(each for each in follower.state[place.tensor].values() if isinstance(each, Tensor)))  # type: ignore[attr-defined]
+            state: dict[str, Any] = follower.state[place.tensor]  # type: ignore[attr-defined]
+            save_objects(state)
+            save_values(*(each for each in state.values() if isinstance(each, Tensor)))
 
 
 def _target(decision: AdaptationDecision, before: int, multiple: int, minimum: int) -> int:
