@@ -33,6 +33,7 @@ class Scene:
         self.optimizer: Any = kind(self.model.parameters(), lr=1e-3)
         for _ in range(2 if state else 0):
             self.train()
+        ee.dims(self.model)  # which teaches layers their names for messages
         surgeon = ModelSurgeon(self.x)
         guardian = Guardian(safety if safety is not None else Safety(), self.model)
         self.controller = Controller(self.model, surgeon, guardian, {"optimizer": self.optimizer}, **hooks)
