@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -98,15 +99,12 @@ def of_change(model: nn.Module, path: str, config: Mapping[str, Any], example_in
         SurgeryError: a size cannot change.
     """
     layer: Any = model.get_submodule(path)
-    total = Cost()
-    scale = 1.0
+    total = of_own(layer, config)
     for name, size in config.items():
-        if name in SIZES and type(size) is int and size != (before := size_of(layer, name)):
+        if name in SIZES and type(size) is int and size != size_of(layer, name):
             found = of_units(model, path, name, size, example_inputs)
             total = Cost(total.active + found.active, total.allocated + found.allocated)
-            scale *= size / before if before else 1.0
-    own = of_own(layer, config, scale)
-    return Cost(total.active + own.active, total.allocated + own.allocated)
+    return total
 
 
 def size_of(layer: Any, name: str) -> int:
@@ -164,26 +162,46 @@ def _of_elastic_units(layer: Any, name: str, after: int) -> Cost:
     return Cost(of_width(dim, dim.staged, width).active, allocated)
 
 
-def of_own(layer: Any, config: Mapping[str, Any], scale: float = 1.0) -> Cost:
-    """What window, groups and bias of a layer add to its own weight, which is ``scale`` times as large as now."""
+def of_own(layer: Any, config: Mapping[str, Any]) -> Cost:
+    """What window, groups and bias of a layer add to its own tensors, as large as its other sizes in ``config`` make them."""
     weight = getattr(layer, "weight", None)
     if weight is None:
         return Cost()
-    used, held = (_elements(weight, layer.tensor_axes()["weight"]) if isinstance(layer, ElasticLayer) else weight.numel()), weight.numel()
-    factor = 1.0
-    kernel = config.get("kernel_size")
-    if kernel is not None and hasattr(layer, "kernel_size"):
-        items = kernel if isinstance(kernel, list | tuple) else [kernel] * len(layer.kernel_size)
-        if len(items) == len(layer.kernel_size) and all(type(item) is int and 0 < item < 2**20 for item in items):
-            factor *= math.prod(items) / math.prod(layer.kernel_size)
+    used = _elements(weight, layer.tensor_axes()["weight"]) if isinstance(layer, ElasticLayer) else weight.numel()
+    factor = _of_window(layer, config.get("kernel_size"))
     groups = config.get("groups")
     if type(groups) is int and groups > 0 and hasattr(layer, "groups"):
-        factor *= layer.groups / groups
-    bias = 0
+        factor *= Fraction(layer.groups, groups)
+    biases = [0, 0]
     if type(config.get("bias")) is bool and config["bias"] != (layer.bias is not None):
-        out = next((size_of(layer, name) for name in ("out_channels", "out_features") if hasattr(layer, name)), 0)
-        bias = out if config["bias"] else -out
-    return Cost(round(used * scale * (factor - 1)) + bias, round(held * scale * (factor - 1)) + bias)
+        name = next((name for name in ("out_channels", "out_features") if hasattr(layer, name)), "")
+        biases = [size if config["bias"] else -size for size in _sizes(layer, name, config)]
+    added = []
+    for held, count in enumerate((used, weight.numel())):
+        now = Fraction(count)
+        for name in SIZES.keys() & config.keys():
+            if type(config[name]) is int and (before := _sizes(layer, name, {})[held]):
+                now *= Fraction(_sizes(layer, name, config)[held], before)
+        added.append(round(now * (factor - 1)) + biases[held])
+    return Cost(*added)
+
+
+def _of_window(layer: Any, kernel: Any) -> Fraction:
+    """How many times as many weights another window has."""
+    before = getattr(layer, "kernel_size", None)
+    if kernel is None or type(before) is not tuple:
+        return Fraction(1)
+    items = kernel if type(kernel) in (list, tuple) else [kernel] * len(before)
+    if len(items) != len(before) or any(type(item) is not int or not 0 < item < 2**20 for item in items):
+        return Fraction(1)  # which surgery refuses
+    return Fraction(math.prod(items), math.prod(before))
+
+
+def _sizes(layer: Any, name: str, config: Mapping[str, Any]) -> tuple[int, int]:
+    """A size of a layer with other arguments, as it is in use and as it is held."""
+    axis, size = _axis(layer, name), size_of(layer, name)
+    after = config.get(name, size)
+    return after, after if axis is None else max(after, axis.capacity)
 
 
 _Uses = list[tuple[Tensor, tuple[Axis | None, ...], Any]]
