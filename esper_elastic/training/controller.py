@@ -75,12 +75,12 @@ class AdaptationResult:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What was submitted, and by whom."""
+    """What was submitted, and by whom; ``future`` where somebody waits for the result."""
 
     number: int
     given: Any
     source: str
-    future: Future[AdaptationResult]
+    future: Future[AdaptationResult] | None = None
 
 
 class _Served:
@@ -232,9 +232,9 @@ class Controller:
         Returns:
             a future of the result, which is set by the thread that trains. Do not wait for it in that thread.
         """
-        request = Request(self._next(), decision, source, Future())
-        self._waiting.put(request)
-        return request.future
+        future: Future[AdaptationResult] = Future()
+        self._waiting.put(Request(self._next(), decision, source, future))
+        return future
 
     def _next(self) -> int:
         with self._numbering:
@@ -250,14 +250,14 @@ class Controller:
 
     def apply(self, decision: Any, *, source: str = "") -> AdaptationResult:
         """Carry out one request now. Call it in the thread that trains, between two steps."""
-        return self._serve([Request(self._next(), decision, source, Future())])[0]
+        return self._serve([Request(self._next(), decision, source)])[0]
 
     def drain(self) -> list[AdaptationResult]:
         """Carry out what has been submitted, in order: what waits now, not what is submitted meanwhile."""
         waiting: list[Request] = []
         for _ in range(self._waiting.qsize()):
             request = self._waiting.get()
-            if request.future.set_running_or_notify_cancel():
+            if request.future is None or request.future.set_running_or_notify_cancel():
                 waiting.append(request)
         return self._serve(waiting) if waiting else []
 
@@ -266,7 +266,7 @@ class Controller:
 
         Call it where :meth:`apply` may be called: what metadata serves is staged and dropped, what takes surgery is made and undone.
         """
-        trial = _Served(Request(0, decision, "", Future()))
+        trial = _Served(Request(0, decision, ""))
         account = self.guardian.state_dict()
         try:
             trial.decisions = tuple(_spare(each) for each in _read(decision))
@@ -302,7 +302,7 @@ class Controller:
                 results += [self._finished(each) for each in served]
         finally:
             for request in requests:  # whoever waits is not left waiting by what interrupted this
-                if not request.future.done():
+                if request.future is not None and not request.future.done():
                     request.future.set_exception(TrainingError(f"request {request.number}: interrupted before it was carried out."))
         return results
 
@@ -422,7 +422,8 @@ class Controller:
             self.done(result)
         except Exception:
             LOGGER.exception("request %d: its result could not be recorded", result.request)
-        served.request.future.set_result(result)
+        if served.request.future is not None:
+            served.request.future.set_result(result)
         return result
 
     def _block(self) -> ControlBlock | None:

@@ -39,6 +39,7 @@ TOPOLOGY = frozenset(TYPES[5:])
 _NAMED = frozenset(TYPES) - {"add_layer"}
 
 _FIELDS = ("adaptation_type", "layer_name", "position", "layer_spec", "parameters", "confidence", "urgency", "metadata", "timestamp")
+_FIELD_SET = frozenset(_FIELDS)
 #: Bounds on what comes from outside.
 _LONGEST_NAME, _MOST_VALUES, _DEEPEST = 512, 10_000, 8
 #: In bits: Python refuses to print integers of more than 4300 digits.
@@ -152,8 +153,8 @@ def _fields_of(given: Any) -> dict[str, Any]:
             fields = items_of(given if isinstance(given, dict | MappingProxyType) else dict(given), "decision", "fields")
         except SurgeryError as error:
             raise DecisionError(str(error)) from None
-        unknown = next((name for name in fields if name not in _FIELDS), None)
-        if unknown is not None:
+        if not fields.keys() <= _FIELD_SET:
+            unknown = next(name for name in fields if name not in _FIELD_SET)
             raise DecisionError(
                 f"decision: {shown(unknown)}: expected one of the fields {', '.join(_FIELDS)}. Put what else there is in metadata."
             )
@@ -166,7 +167,7 @@ def _fields_of(given: Any) -> dict[str, Any]:
 
 def _normal(fields: dict[str, Any]) -> dict[str, Any]:
     metadata = _mapping("metadata", fields.get("metadata"))
-    for field in _FIELDS:
+    for field in _FIELDS if metadata else ():
         value = fields.get(field)
         if field != "metadata" and (value is None or (type(value) is dict and not value)) and metadata.get(field) is not None:
             fields[field] = metadata[field]
@@ -224,7 +225,7 @@ def _layer(kind: str, given: Any) -> LayerSpec | nn.Module | None:
 
 
 def _mapping(what: str, given: Any) -> dict[str, Any]:
-    if given is None:
+    if given is None or (type(given) is dict and not given):
         return {}
     try:
         found = items_of(given, "decision", what)
