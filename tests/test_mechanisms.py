@@ -14,7 +14,8 @@ import esper_elastic as ee
 from esper_elastic.errors import CapacityError, DecisionError
 from esper_elastic.surgery import ModelSurgeon
 from esper_elastic.training import AdaptationDecision
-from esper_elastic.training.mechanisms import resolve, step_for
+from esper_elastic.training.mechanisms import step_for
+from esper_elastic.training.names import resolve
 
 KEPT = {"grow", "add_layer", "add_skip_connection"}
 BOTH = ("metadata", "surgery")

@@ -28,8 +28,9 @@ from ..surgery import ModelSurgeon
 from ..surgery.transaction import transaction
 from ..surgery.undo import UndoLog, save_objects, save_values
 from .decisions import AdaptationDecision
-from .mechanisms import Mechanism, NeedsCommit, Step, save_units, step_for
+from .mechanisms import Mechanism, NeedsCommit, Step, step_for
 from .safety import Guardian, Verdict
+from .width_steps import save_units
 
 LOGGER = logging.getLogger("esper_elastic.training")
 
