@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .control import Axis, ElasticDim, Switch
+from .control.block import Entry
 from .convert import example_of
 from .errors import LayoutError
 from .layers import ElasticLayer, Switchable
@@ -156,9 +157,15 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     )
 
 
-def parameters_in_use(model: nn.Module) -> int:
-    """Elements of the parameters of ``model``, at the present widths, of what is switched on."""
-    return sum(held.active for held in _held_tensors(model) if isinstance(held.tensor, nn.Parameter))
+def parameters_in_use(model: nn.Module, value_of: Callable[[Entry], int] | None = None) -> int:
+    """Elements of the parameters of ``model`` that are in use.
+
+    Args:
+        model: any module.
+        value_of: the width of a dim and the state of a switch; the present ones by default.
+    """
+    parameters = (held for held in _held_tensors(model) if isinstance(held.tensor, nn.Parameter))
+    return sum(held.active if value_of is None else held.active_at(value_of) for held in parameters)
 
 
 def _of_switch(path: str, block: Switchable, parameters: list[_Held]) -> SwitchSummary:
@@ -188,6 +195,15 @@ class _Held(NamedTuple):
     def active(self) -> int:
         """The elements in use: by the module that uses most of them."""
         return max((math.prod(self._sizes(use, None)) for use in self._awake()), default=0)
+
+    def active_at(self, value_of: Callable[[Entry], int]) -> int:
+        """The elements that would be in use if dims and switches had these values."""
+        awake = (use for use in self.uses if all(value_of(switch) for switch in use.switches))
+        return max((math.prod(self._sizes_at(use, value_of)) for use in awake), default=0)
+
+    def _sizes_at(self, use: _Use, value_of: Callable[[Entry], int]) -> Iterator[int]:
+        for size, axis in zip(self.tensor.shape, use.axes, strict=True):
+            yield size if axis is None else sum(value_of(s.dim) * s.inner for s in axis.segments)
 
     def active_on(self, dim: ElasticDim) -> int:
         """The elements in use that would not be if ``dim`` had no unit."""

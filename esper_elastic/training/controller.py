@@ -7,8 +7,11 @@ commit.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
+import logging
 import queue
 import threading
 import time
@@ -18,14 +21,18 @@ from typing import Any
 
 from torch import nn
 
-from ..control import ControlBlock
+from ..control import ControlBlock, ElasticDim
 from ..errors import CapacityError, DecisionError, ElasticError, SafetyError, SurgeryError, TrainingError
 from ..model import known
 from ..surgery import ModelSurgeon
 from ..surgery.transaction import transaction
+from ..surgery.undo import UndoLog, save_objects, save_values
 from .decisions import AdaptationDecision
-from .mechanisms import Mechanism, Step, step_for
+from .mechanisms import Mechanism, NeedsCommit, Step, step_for
 from .safety import Guardian, Verdict
+from .width_steps import save_units
+
+LOGGER = logging.getLogger("esper_elastic.training")
 
 #: Decisions of one request.
 MOST_STEPS = 256
@@ -69,12 +76,12 @@ class AdaptationResult:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What was submitted, and by whom."""
+    """What was submitted, and by whom; ``future`` where somebody waits for the result."""
 
     number: int
     given: Any
     source: str
-    future: Future[AdaptationResult]
+    future: Future[AdaptationResult] | None = None
 
 
 class _Served:
@@ -88,19 +95,28 @@ class _Served:
         self.details: list[dict[str, Any]] = []
         self.result: AdaptationResult | None = None
 
+    @property
+    def mechanism(self) -> Mechanism:
+        """That its steps take."""
+        return "surgery" if any(step.mechanism == "surgery" for step in self.steps) else "metadata"
+
+    def clear(self) -> None:
+        """Forget what was staged, to begin again."""
+        self.steps.clear()
+        self.details.clear()
+
     def succeeded(self) -> None:
         """It has been published."""
-        mechanism: Mechanism = "surgery" if any(step.mechanism == "surgery" for step in self.steps) else "metadata"
-        self._end(mechanism, tuple(self.details), Verdict(True, mechanism=mechanism))
+        self._end(self.mechanism, tuple(self.details), Verdict(True, mechanism=self.mechanism))
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: Exception, undone: bool = False) -> None:
         """It has been refused, or undone."""
-        verdict = error.verdict if isinstance(error, _Refused) else Verdict(False, _judge_of(error), str(error))
+        verdict = _verdict_of(error)
         if not isinstance(error, ElasticError):
             said = TrainingError(f"{' + '.join(map(str, self.decisions)) or 'a request'}: {type(error).__name__}: {error}")
             said.__cause__ = error
             error = said
-        self._end(None, (), verdict, error, bool(self.steps))
+        self._end(None, (), verdict, error, undone)
 
     def _end(
         self,
@@ -127,17 +143,28 @@ class _TakesSurgery(Exception):
     """Metadata cannot serve a step."""
 
 
+class _Tried(Exception):
+    """Ends a trial: all of it is dropped."""
+
+
 def _require(verdict: Verdict) -> None:
     if not verdict:
         raise _Refused(verdict)
 
 
-def _judge_of(error: Exception) -> str:
-    """Who refused: for the record."""
-    for kind, name in ((DecisionError, "decision"), (SafetyError, "safety"), (SurgeryError, "surgeon"), (CapacityError, "capacity")):
-        if isinstance(error, kind):
-            return name
-    return "error"
+def _verdict_of(error: Exception) -> Verdict:
+    """What an error says of a request, and whose it is: for the record."""
+    if isinstance(error, _Refused):
+        return error.verdict
+    kinds = ((DecisionError, "decision"), (SafetyError, "safety"), (SurgeryError, "surgeon"), (CapacityError, "capacity"))
+    return Verdict(False, next((name for kind, name in kinds if isinstance(error, kind)), "error"), str(error))
+
+
+def _spare(decision: AdaptationDecision) -> AdaptationDecision:
+    """A decision whose layer a trial may write to."""
+    if not isinstance(decision.layer_spec, nn.Module):
+        return decision
+    return AdaptationDecision.parse(dataclasses.replace(decision, layer_spec=copy.deepcopy(decision.layer_spec)))
 
 
 def _read(given: Any) -> tuple[AdaptationDecision, ...]:
@@ -192,6 +219,7 @@ class Controller:
         self._number = 0
         self._numbering = threading.Lock()
         self._waiting: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self._log: UndoLog | None = None
 
     # From any thread
 
@@ -205,9 +233,9 @@ class Controller:
         Returns:
             a future of the result, which is set by the thread that trains. Do not wait for it in that thread.
         """
-        request = Request(self._next(), decision, source, Future())
-        self._waiting.put(request)
-        return request.future
+        future: Future[AdaptationResult] = Future()
+        self._waiting.put(Request(self._next(), decision, source, future))
+        return future
 
     def _next(self) -> int:
         with self._numbering:
@@ -223,8 +251,7 @@ class Controller:
 
     def apply(self, decision: Any, *, source: str = "") -> AdaptationResult:
         """Carry out one request now. Call it in the thread that trains, between two steps."""
-        request = Request(self._next(), decision, source, Future())
-        return self._serve([request])[0]
+        return self._serve([Request(self._next(), decision, source)])[0]
 
     def refuse(self, decision: Any, error: ElasticError) -> AdaptationResult:
         """Record that a decision is not heard, and why."""
@@ -237,33 +264,54 @@ class Controller:
         waiting: list[Request] = []
         for _ in range(self._waiting.qsize()):
             request = self._waiting.get()
-            if request.future.set_running_or_notify_cancel():
+            if request.future is None or request.future.set_running_or_notify_cancel():
                 waiting.append(request)
         return self._serve(waiting) if waiting else []
 
     def preflight(self, decision: Any) -> Verdict:
-        """Whether a request would be allowed now, and the limit that decides; nothing changes. For a list, the first refusal."""
+        """Whether a request would be carried out now, and the limit that decides. For several decisions, the first refusal.
+
+        Call it where :meth:`apply` may be called: what metadata serves is staged and dropped, what takes surgery is made and undone.
+        """
+        trial = _Served(Request(0, decision, ""))
+        account = self.guardian.state_dict()
         try:
-            for each in _read(decision):
-                verdict = self.guardian.judge(each, self.step)
-                if verdict:
-                    verdict = self.guardian.weigh(step_for(each, self.model, self.surgeon), self.model, self.step, self.epoch)
-                if not verdict:
-                    return verdict
-        except ElasticError as error:
-            return Verdict(False, "decision", str(error))
-        return verdict
+            trial.decisions = tuple(_spare(each) for each in _read(decision))
+            self._judge(trial)
+            self._try(trial)
+        except _Tried:
+            return Verdict(True, mechanism=trial.mechanism)
+        except Exception as error:
+            return _verdict_of(error)
+        finally:
+            self.guardian.load_state_dict(account)
+        raise AssertionError("a trial ends by being dropped")
+
+    def _try(self, trial: _Served) -> None:
+        block = self._block()
+        try:
+            if block is not None:
+                with block.batch():
+                    self._stage_steps(trial, trying=True)
+                    raise _Tried
+        except (_TakesSurgery, NeedsCommit):
+            trial.clear()
+        transaction(self.model, example_inputs=self.surgeon.example_inputs, **self.followers)(self._operate)(trial, trying=True)
 
     # Serving
 
     def _serve(self, requests: list[Request]) -> list[AdaptationResult]:
         left = [_Served(request) for request in reversed(requests)]
-        served: list[_Served] = []
-        while left:
-            served += self._by_metadata(left)
-            if left:
-                served.append(self._by_surgery(left.pop()))
-        return [self._finished(each) for each in served]
+        results: list[AdaptationResult] = []
+        try:
+            while left:
+                served = self._by_metadata(left) or [self._by_surgery(left.pop())]
+                results += [self._finished(each) for each in served]
+        finally:
+            for request in requests:  # whoever waits is not left waiting by what interrupted this
+                if request.future is not None and not request.future.done():
+                    request.future.set_exception(TrainingError(f"request {request.number}: interrupted before it was carried out."))
+        return results
 
     def _by_metadata(self, left: list[_Served]) -> list[_Served]:
         """Serve requests from the end of ``left``, in one commit, up to the first that metadata cannot serve."""
@@ -271,23 +319,24 @@ class Controller:
         if block is None:
             return []
         account, served = self.guardian.state_dict(), list[_Served]()
-        one_by_one = not self.guardian.roomy  # what is in use is counted before each
+        self._log = None
         try:
             with block.batch():
-                while left and not (one_by_one and served):
-                    if not self._stage(left[-1], block):
-                        break
+                while left and self._stage(left[-1], block):
                     served.append(left.pop())
-        except Exception as error:  # of the commit, for all of them
+        except BaseException as error:  # of the commit, for all of them
             self.guardian.load_state_dict(account)
+            if self._log is not None:
+                self._log.unwind()
+            if not isinstance(error, Exception):
+                raise
             staged = [each for each in served if each.result is None]
-            for each in staged:
-                if len(staged) == 1:
-                    each.failed(error)
-                else:
-                    each.steps.clear()
-                    each.details.clear()
-                    self._by_metadata([each])
+            if len(staged) == 1:
+                staged[0].failed(error, undone=True)
+            for each in staged if len(staged) > 1 else ():
+                each.clear()
+                if not self._by_metadata([each]):
+                    self._by_surgery(each)
         for each in served:
             if each.result is None:
                 each.succeeded()
@@ -298,35 +347,48 @@ class Controller:
         try:
             self._take_up(served)
             with block.batch():
-                for decision in served.decisions:
-                    step = step_for(decision, self.model, self.surgeon)
-                    if step.mechanism != "metadata":
-                        raise _TakesSurgery
-                    self._carry_out(step, served)
+                self._stage_steps(served)
             self.guardian.note(served.steps, self.step, self.epoch)
-        except _TakesSurgery:
-            served.steps.clear()
-            served.details.clear()
+        except (_TakesSurgery, NeedsCommit):
+            served.clear()
             return False
         except Exception as error:
             served.failed(error)
         return True
 
+    def _stage_steps(self, served: _Served, trying: bool = False) -> None:
+        for decision in served.decisions:
+            step = step_for(decision, self.model, self.surgeon)
+            if step.mechanism != "metadata":
+                raise _TakesSurgery
+            self._carry_out(step, served, trying)
+
     def _by_surgery(self, served: _Served) -> _Served:
         """Serve a request in a transaction."""
         try:
             self._take_up(served)
+            first = step_for(served.decisions[0], self.model, self.surgeon)
+            _require(self.guardian.weigh(first, self.model, self.step, self.epoch))
+            block = self._block()
+            if block is not None:
+                block._require_owner()
             transaction(self.model, example_inputs=self.surgeon.example_inputs, **self.followers)(self._operate)(served)
             self.guardian.note(served.steps, self.step, self.epoch)
             served.succeeded()
         except Exception as error:
-            served.failed(error)
+            served.failed(error, undone=bool(served.steps))
         return served
 
-    def _operate(self, served: _Served) -> None:
+    def _operate(self, served: _Served, trying: bool = False) -> None:
+        """Carry out a request in a transaction; to try it, and be undone, without telling anybody."""
+        self.guardian.recount(self.model)
+        account = self.guardian.state_dict()
         for decision in served.decisions:
-            self._carry_out(step_for(decision, self.model, self.surgeon), served)
-        self.guardian.check(self.model)
+            self._carry_out(step_for(decision, self.model, self.surgeon), served, trying)
+        self.guardian.load_state_dict(account)
+        _require(self.guardian.check(self.model))
+        if trying:
+            raise _Tried
 
     def _take_up(self, served: _Served) -> None:
         if served.decisions:
@@ -334,20 +396,42 @@ class Controller:
         served.begun = time.perf_counter()
         served.decisions = _read(served.request.given)
         self.taken_up(served.request, served.decisions)
+        self._judge(served)
+
+    def _judge(self, served: _Served) -> None:
         for decision in served.decisions:
             _require(self.guardian.judge(decision, self.step))
 
-    def _carry_out(self, step: Step, served: _Served) -> None:
-        _require(self.guardian.weigh(step, self.model, self.step, self.epoch))
-        self.before_change(step)
+    def _carry_out(self, step: Step, served: _Served, trying: bool = False) -> None:
+        _require(self.guardian.weigh(step, self.model, self.step, self.epoch, served.steps))
+        if not trying:
+            self.before_change(step)
         served.steps.append(step)
+        if step.writes is not None:
+            save = functools.partial(self._save, step.writes, step.writes.block._batch is not None)
+            step.writes.block.stage(step.writes, step.writes.staged, save)
         served.details.append(step.carry_out())
 
+    def _save(self, dim: ElasticDim, in_batch: bool) -> None:
+        """Note what a batch, or a step of a transaction, is about to write: the commit by itself undoes no write to a weight."""
+        if not in_batch:
+            save_units(dim, save_values, save_objects)
+            return
+        if self._log is None:
+            self._log = UndoLog()
+            self._log.record_random_numbers()
+        save_units(dim, self._log.save_values, self._log.record)
+
     def _finished(self, served: _Served) -> AdaptationResult:
-        assert served.result is not None
-        self.done(served.result)
-        served.request.future.set_result(served.result)
-        return served.result
+        result = served.result
+        assert result is not None
+        try:
+            self.done(result)
+        except Exception:
+            LOGGER.exception("request %d: its result could not be recorded", result.request)
+        if served.request.future is not None:
+            served.request.future.set_result(result)
+        return result
 
     def _block(self) -> ControlBlock | None:
         dims, blocks = known(self.model)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DecisionError, SurgeryError
 from ..surgery.specs.specs import LayerSpec, items_of, shown
@@ -39,8 +39,11 @@ TOPOLOGY = frozenset(TYPES[5:])
 _NAMED = frozenset(TYPES) - {"add_layer"}
 
 _FIELDS = ("adaptation_type", "layer_name", "position", "layer_spec", "parameters", "confidence", "urgency", "metadata", "timestamp")
+_FIELD_SET = frozenset(_FIELDS)
 #: Bounds on what comes from outside.
 _LONGEST_NAME, _MOST_VALUES, _DEEPEST = 512, 10_000, 8
+#: In bits: Python refuses to print integers of more than 4300 digits.
+_LONGEST_INTEGER = 4096
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,13 +94,17 @@ class AdaptationDecision:
         Raises:
             DecisionError: it says none: a field is unknown, missing, of another type or out of bounds.
         """
-        if type(given) is cls:
-            if "_parsed" in given.__dict__:
-                return given
-            fields = {name: given.__dict__[name] for name in _FIELDS}
-        else:
-            fields = _fields_of(given)
-        decision = cls(**_normal(fields))
+        if type(given) is cls and "_parsed" in given.__dict__:
+            return given
+        try:
+            fields = {name: given.__dict__[name] for name in _FIELDS} if type(given) is cls else _fields_of(given)
+            decision = cls(**_normal(fields))
+        except DecisionError:
+            raise
+        except Exception as error:  # of a foreign object's own code
+            raise DecisionError(
+                f"decision: expected fields that can be read, got {shown(given)} that raised a {type(error).__name__}."
+            ) from error
         decision.__dict__["_parsed"] = True
         return decision
 
@@ -109,12 +116,12 @@ class AdaptationDecision:
         content = {name: getattr(self, name) for name in _FIELDS}
         content["layer_spec"] = layer.to_json() if isinstance(layer, LayerSpec) else layer
         for name in ("parameters", "metadata"):
-            content[name] = json.loads(json.dumps(_plain(content[name]), default=str))
+            content[name] = _plain(content[name])
         return content
 
     def __str__(self) -> str:
-        said = [self.layer_name, self.position, *(f"{name}={value!r}" for name, value in self.parameters.items())]
-        return f"{self.adaptation_type}({', '.join(str(part) for part in said if part is not None)})"
+        said = [self.layer_name, self.position, *(f"{name}={shown(value)}" for name, value in self.parameters.items())]
+        return f"{self.adaptation_type}({', '.join(part for part in said if part is not None)})"
 
 
 @runtime_checkable
@@ -156,8 +163,8 @@ def _fields_of(given: Any) -> dict[str, Any]:
             fields = items_of(given if isinstance(given, dict | MappingProxyType) else dict(given), "decision", "fields")
         except SurgeryError as error:
             raise DecisionError(str(error)) from None
-        unknown = next((name for name in fields if name not in _FIELDS), None)
-        if unknown is not None:
+        if not fields.keys() <= _FIELD_SET:
+            unknown = next(name for name in fields if name not in _FIELD_SET)
             raise DecisionError(
                 f"decision: {shown(unknown)}: expected one of the fields {', '.join(_FIELDS)}. Put what else there is in metadata."
             )
@@ -170,11 +177,11 @@ def _fields_of(given: Any) -> dict[str, Any]:
 
 def _normal(fields: dict[str, Any]) -> dict[str, Any]:
     metadata = _mapping("metadata", fields.get("metadata"))
-    for field in _FIELDS[1:-2]:
+    for field in _FIELDS if metadata else ():
         value = fields.get(field)
-        if (value is None or (type(value) is dict and not value)) and metadata.get(field) is not None:
+        if field != "metadata" and (value is None or (type(value) is dict and not value)) and metadata.get(field) is not None:
             fields[field] = metadata[field]
-    kind = _type(fields.get("adaptation_type", metadata.get("adaptation_type")))
+    kind = _type(fields.get("adaptation_type"))
     name, position = _name("layer_name", fields.get("layer_name")), _name("position", fields.get("position"))
     parameters = _mapping("parameters", fields.get("parameters"))
     if kind in _NAMED and name is None and not (kind == "add_skip_connection" and "from_layer" in parameters):
@@ -198,7 +205,7 @@ def _normal(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _type(given: Any) -> str:
     if isinstance(given, enum.Enum):
-        given = given.value
+        given = given.value if isinstance(given.value, str) else given.name
     if type(given) is str and len(given) <= _LONGEST_NAME:
         kind = given.strip().lower().replace("-", "_")
         if kind in TYPES:
@@ -219,7 +226,7 @@ def _layer(kind: str, given: Any) -> LayerSpec | nn.Module | None:
         if kind == "add_layer":
             raise DecisionError("decision: add_layer: layer_spec: expected a LayerSpec, its JSON or a module, got none.")
         return None
-    if isinstance(given, nn.Module) or type(given) is LayerSpec:
+    if issubclass(type(given), nn.Module) or type(given) is LayerSpec:
         return given
     try:
         return LayerSpec.from_json(given)
@@ -228,7 +235,7 @@ def _layer(kind: str, given: Any) -> LayerSpec | nn.Module | None:
 
 
 def _mapping(what: str, given: Any) -> dict[str, Any]:
-    if given is None:
+    if given is None or (type(given) is dict and not given):
         return {}
     try:
         found = items_of(given, "decision", what)
@@ -241,10 +248,10 @@ def _mapping(what: str, given: Any) -> dict[str, Any]:
         left -= 1
         if left < 0 or depth > _DEEPEST:
             raise DecisionError(f"decision: {what}: expected at most {_MOST_VALUES} values, {_DEEPEST} deep, got more.")
-        if type(value) is dict:
-            pending += ((inner, depth + 1) for inner in value.values())
-        elif type(value) in (list, tuple):
-            pending += ((inner, depth + 1) for inner in value)
+        if issubclass(type(value), dict):
+            pending += ((inner, depth + 1) for inner in dict.values(value))
+        elif issubclass(type(value), list | tuple):
+            pending += ((inner, depth + 1) for inner in _items(value))
     return found
 
 
@@ -258,9 +265,9 @@ def _share(what: str, given: Any) -> float:
 
 
 def _number(what: str, given: Any) -> float:
-    if type(given) in (int, float) or isinstance(given, float):
+    if type(given) is int or issubclass(type(given), float):
         try:
-            value = float(given)
+            value = float.__float__(given) if issubclass(type(given), float) else float(given)
         except OverflowError:
             value = math.inf
         if math.isfinite(value):
@@ -268,12 +275,27 @@ def _number(what: str, given: Any) -> float:
     raise DecisionError(f"decision: {what}: expected a finite number, got {shown(given)}.")
 
 
-def _plain(value: Any) -> Any:
-    """A value with JSON's types where it has counterparts of them."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A value as strict JSON can hold it: sequences and tensors as lists, what has no form of its own by a few words."""
+    kind = type(value)
+    if kind in (str, bool, type(None)) or (kind is int and value.bit_length() <= _LONGEST_INTEGER):
+        return value
+    if issubclass(kind, float):
+        number = float.__float__(value)
+        return number if math.isfinite(number) else str(number)
+    if depth <= _DEEPEST:
+        if issubclass(kind, dict):
+            return {key if type(key) is str else shown(key): _plain(inner, depth + 1) for key, inner in dict.items(value)}
+        if kind is MappingProxyType:
+            return _plain(dict(value), depth)
+        if kind is Tensor and value.numel() <= _MOST_VALUES:
+            return _plain(value.tolist(), depth)
+        if issubclass(kind, list | tuple) or (kind is range and len(value) <= _MOST_VALUES):
+            return [_plain(inner, depth + 1) for inner in _items(value)]
+    return shown(value)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    """The items of a list, tuple or range by the methods of those themselves."""
+    base = next(base for base in (list, tuple, range) if issubclass(type(value), base))
+    return base.__iter__(value)

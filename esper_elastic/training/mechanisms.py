@@ -1,67 +1,27 @@
 """How a decision is served: by metadata where that can do it, else by the surgeon. Found without changing anything.
 
-Owns what a decision's words mean on a model: names, widths, which units stay. Whether it may happen is asked before, in ``safety.py``.
+Whether it may happen is asked before, in ``safety.py``.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .. import importance
-from ..control import Axis, ElasticDim
-from ..errors import CapacityError, DecisionError
-from ..layers import ElasticLayer
+from ..errors import DecisionError
 from ..model import known
-from ..surgery import ModelSurgeon, SurgeryResult
-from .cost import Cost, of_layer, of_units, of_width
+from ..surgery import ModelSurgeon
+from .cost import of_switch
 from .decisions import AdaptationDecision
+from .names import find, paths_of, unknown
+from .step import Mechanism, NeedsCommit, Step, require_only
+from .surgery_steps import add_layer, add_skip, modify_layer, remove_layer, remove_skip
+from .width_steps import width_step
 
-Mechanism = Literal["metadata", "surgery"]
-
-#: What grow and prune make of a width without being told.
-GROW, PRUNE = 1.25, 0.75
-
-_UNITS_OF: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "out_channels"),
-    (nn.Linear, "out_features"),
-    (nn.Embedding, "embedding_dim"),
-    (nn.modules.batchnorm._BatchNorm, "num_features"),
-)
-_SCORES: dict[str, Callable[[ElasticDim], Tensor]] = {
-    "magnitude": importance.magnitude,
-    "taylor": importance.taylor,
-    "batch_norm_scale": importance.batch_norm_scale,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One decision, ready to be carried out on one model.
-
-    Attributes:
-        decision: that it carries out.
-        mechanism: ``"metadata"``, a write to the control block, or ``"surgery"``.
-        name: of what changes, as the model has it.
-        carry_out: makes the change and returns its details.
-        direction: 1 for what adds capacity, -1 for what removes some, else 0.
-        cost: what it adds, computed when asked.
-        width: of the dim afterwards, if it is one that changes.
-    """
-
-    decision: AdaptationDecision
-    mechanism: Mechanism
-    name: str
-    carry_out: Callable[[], dict[str, Any]]
-    direction: int = 0
-    cost: Callable[[], Cost] = Cost
-    width: int | None = None
+__all__ = ["Mechanism", "NeedsCommit", "Step", "step_for"]
 
 
 def step_for(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
@@ -70,207 +30,22 @@ def step_for(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurge
     Raises:
         DecisionError: it names what the model does not have, or parameters that it cannot take.
         CapacityError: a dim cannot take the width.
+        NeedsCommit: what is staged has to be published first.
     """
     return _STEPS[decision.adaptation_type](decision, model, surgeon)
 
 
-def resolve(name: str, names: Iterable[str], what: str) -> str:
-    """The one of ``names`` that ``name`` means: itself, or the only one that it is with underscores in the place of dots.
-
-    Raises:
-        DecisionError: it means none, or several.
-    """
-    found = _resolve(name, names, what)
-    if found is None:
-        _unknown(name, names, what)
-    return found
-
-
-def _resolve(name: str, names: Iterable[str], what: str) -> str | None:
-    if name in names:
-        return name
-    spelled = name.replace(".", "_")
-    meant = [each for each in names if each.replace(".", "_") == spelled]
-    if len(meant) > 1:
-        raise DecisionError(
-            f"decision: {what} {name!r}: expected one meaning, got {len(meant)}: {', '.join(meant[:5])}. Write it with dots."
-        )
-    return meant[0] if meant else None
-
-
-def _unknown(name: str, names: Iterable[str], what: str) -> NoReturn:
-    listed = list(names)
-    near = difflib.get_close_matches(name, listed, n=3) or listed[:3]
-    hint = f" The nearest: {', '.join(map(repr, near))}." if near else f" It has no {what} at all."
-    raise DecisionError(f"decision: {what} {name!r}: the model has none of that name.{hint}")
-
-
-def _paths(model: nn.Module) -> dict[str, nn.Module]:
-    return {path: module for path, module in model.named_modules() if path}
-
-
-# Widths
-
-
-def _width(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
-    assert decision.layer_name is not None
-    _require_only(decision, {"width", "factor", "delta", "init", "exact", "keep", "by", "preserve"})
-    dims, _ = known(model)
-    name = decision.layer_name
-    dim = dims.get(name)
-    if dim is None:
-        name, dim = _dim_of(decision.layer_name, model, dims)
-    if dim is None:
-        return _width_of_plain(decision, name, model, surgeon)
-    before = dim.staged
-    width = _target(decision, before, dim.multiple_of, dim.minimum)
-    direction = (width > before) - (width < before)
-    if width > dim.capacity:
-        return _beyond_capacity(decision, name, dim, width, model, surgeon)
-    dim.admit(width)
-    change = {"resize": _resize, "grow": _grow, "prune": _prune}[decision.adaptation_type]
-    carry_out = functools.partial(change, decision, name, dim, before, width)
-    return Step(decision, "metadata", name, carry_out, direction, functools.partial(of_width, dim, before, width), width)
-
-
-def _resize(decision: AdaptationDecision, name: str, dim: ElasticDim, before: int, width: int) -> dict[str, Any]:
-    dim.resize(width)
-    return {"name": name, "from": before, "to": width}
-
-
-def _grow(decision: AdaptationDecision, name: str, dim: ElasticDim, before: int, width: int) -> dict[str, Any]:
-    if width < before:
-        raise DecisionError(
-            f"decision: {decision}: expected a width of at least {before}, got {width}. Prune or resize to have fewer units."
-        )
-    init, exact = decision.parameters.get("init", "zero"), decision.parameters.get("exact", True)
-    if type(init) is not str or type(exact) is not bool:
-        raise DecisionError(f"decision: {decision}: init and exact: expected a name and True or False, got {init!r} and {exact!r}.")
-    dim.grow(width, init=init, exact=exact)
-    return {"name": name, "from": before, "to": width, "init": init}
-
-
-def _prune(decision: AdaptationDecision, name: str, dim: ElasticDim, before: int, width: int) -> dict[str, Any]:
-    if width > before:
-        raise DecisionError(f"decision: {decision}: expected a width of at most {before}, got {width}. Grow or resize to have more units.")
-    kept = decision.parameters.get("keep")
-    by = decision.parameters.get("by", "magnitude")
-    if kept is None:
-        if by not in _SCORES:
-            raise DecisionError(f"decision: {decision}: by: expected one of {', '.join(_SCORES)}, got {by!r}. Or name the units to keep.")
-        kept = importance.top(_SCORES[by](dim), width)
-    dim.keep(kept)
-    return {"name": name, "from": before, "to": width} | ({} if "keep" in decision.parameters else {"by": by})
-
-
-def _target(decision: AdaptationDecision, before: int, multiple: int, minimum: int) -> int:
-    """The width that a decision asks for."""
-    given = decision.parameters
-    said = [word for word in ("width", "factor", "delta", "keep") if given.get(word) is not None]
-    if len(said) > 1:
-        raise DecisionError(f"decision: {decision}: expected one of width, factor, delta and keep, got {' and '.join(said)}.")
-    if not said:
-        if decision.adaptation_type == "resize":
-            raise DecisionError(f"decision: {decision}: expected width, factor or delta among the parameters, got none.")
-        share = GROW if decision.adaptation_type == "grow" else PRUNE
-        return max(_rounded(before * share, before, multiple), minimum)
-    word = said[0]
-    value = given[word]
-    if word == "keep":
-        if not isinstance(value, Sequence | Tensor) or isinstance(value, str | bytes):
-            raise DecisionError(f"decision: {decision}: keep: expected the indices of units, got {value!r}.")
-        return len(value)
-    if word == "factor":
-        if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value <= 1024:
-            raise DecisionError(f"decision: {decision}: factor: expected a number above 0 and at most 1024, got {value!r}.")
-        return max(_rounded(before * value, before, multiple), minimum)
-    if type(value) is not int or abs(value) > 2**31:
-        raise DecisionError(f"decision: {decision}: {word}: expected an integer, got {value!r}.")
-    return value if word == "width" else before + value
-
-
-def _rounded(wanted: float, before: int, multiple: int) -> int:
-    """The multiple nearest to ``wanted``, one away from ``before`` at least if another is wanted."""
-    width = round(wanted / multiple) * multiple
-    if width == before and wanted != before:
-        width += multiple if wanted > before else -multiple
-    return width
-
-
-def _dim_of(name: str, model: nn.Module, dims: Mapping[str, ElasticDim]) -> tuple[str, ElasticDim | None]:
-    """A dim by its name, or as the one that a layer gives; or the path of a plain layer."""
-    found = _resolve(name, dims, "layer")
-    if found is not None:
-        return found, dims[found]
-    paths = _paths(model)
-    path = _resolve(name, paths, "layer")
-    if path is None:
-        _unknown(name, [*dims, *paths], "dim or layer")
-    layer = paths[path]
-    if not isinstance(layer, ElasticLayer):
-        return path, None
-    axis = _axis_of(layer)
-    own = [each for each in (axis.dims if axis is not None else []) if each.rigid is None]
-    named = {id(dim): key for key, dim in dims.items()}
-    if len(own) != 1 or id(own[0]) not in named:
-        _unknown(name, dims, "dim")
-    return named[id(own[0])], own[0]
-
-
-def _axis_of(layer: Any) -> Axis | None:
-    """The axis of the units that a layer gives."""
-    found: Axis | None = getattr(layer, "dim", None) or getattr(layer, "out_dim", None)
-    return found
-
-
-def _width_of_plain(decision: AdaptationDecision, path: str, model: nn.Module, surgeon: ModelSurgeon) -> Step:
-    layer = model.get_submodule(path)
-    attribute = _units_of(layer)
-    if attribute is None:
-        raise DecisionError(f"decision: {decision}: {path}: a {type(layer).__name__} has no units of its own. Name a layer with weights.")
-    if any(word in decision.parameters for word in ("keep", "by", "init")):
-        raise DecisionError(
-            f"decision: {decision}: {path} is no elastic layer: which units stay cannot be chosen. ee.elasticize the model first."
-        )
-    before = getattr(layer, attribute)
-    width = _target(decision, before, 1, 1)
-    return _modify(decision, path, {attribute: width}, model, surgeon)
-
-
-def _units_of(layer: nn.Module) -> str | None:
-    return next((name for kinds, name in _UNITS_OF if isinstance(layer, kinds)), None)
-
-
-def _beyond_capacity(decision: AdaptationDecision, name: str, dim: ElasticDim, width: int, model: nn.Module, surgeon: ModelSurgeon) -> Step:
-    """More units than there is room for: the surgeon makes room."""
-    path = name.partition(":")[0]
-    layer: Any = model.get_submodule(path) if path in _paths(model) else None
-    attribute = _units_of(layer) if layer is not None else None
-    axis = _axis_of(layer) if layer is not None else None
-    if decision.adaptation_type == "prune":
-        dim.admit(width)
-    if attribute is None or axis is None or len(axis.segments) != 1 or axis.segments[0].dim is not dim:
-        raise CapacityError(
-            f"{dim.label}: cannot activate {width} units: capacity is {dim.capacity}, and no single layer gives its units, "
-            "whose room could be made larger. Choose a width up to the capacity."
-        )
-    return _modify(decision, path, {attribute: width * axis.segments[0].inner}, model, surgeon)
-
-
-# Blocks
-
-
 def _switch(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
     assert decision.layer_name is not None
-    _require_only(decision, set())
+    require_only(decision, set())
     _, blocks = known(model)
-    name = decision.layer_name if decision.layer_name in blocks else _resolve(decision.layer_name, blocks, "block")
+    name = find(decision.layer_name, blocks, "block")
     if name is None:
-        if decision.layer_name in _paths(model):
+        if decision.layer_name in paths_of(model):
             raise DecisionError(
                 f"decision: {decision}: {decision.layer_name} has no switch. Put it into an ee.ElasticBlock, or remove it (remove_layer)."
             )
-        _unknown(decision.layer_name, blocks, "block")
+        unknown(decision.layer_name, blocks, "block")
     switch, on = blocks[name].switch, decision.adaptation_type == "enable"
 
     def carry_out() -> dict[str, Any]:
@@ -278,139 +53,19 @@ def _switch(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeo
         switch.set(on)
         return {"name": name, "from": before, "to": on}
 
-    return Step(decision, "metadata", name, carry_out, 1 if on else -1)
-
-
-# Surgery
-
-
-def _add_layer(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
-    _require_only(decision, {"preserve"})
-    side, path = _position(decision, model)
-    layer = decision.layer_spec
-    assert layer is not None
-    position = f"{side}_{path}"
-    edit = functools.partial(surgeon.add_layer, model, position, layer, **_preserve(decision))
-    return Step(decision, "surgery", path, functools.partial(_operate, edit), 1, functools.partial(of_layer, layer))
-
-
-def _position(decision: AdaptationDecision, model: nn.Module) -> tuple[str, str]:
-    position = decision.position if decision.position is not None else "after"
-    side, _, path = position.partition("_")
-    if side not in ("after", "before") or not (path or decision.layer_name):
-        raise DecisionError(f'decision: {decision}: position: expected "after_<path>" or "before_<path>", got {position!r}.')
-    return side, resolve(path or decision.layer_name or "", _paths(model), "layer")
-
-
-def _remove_layer(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
-    _require_only(decision, set())
-    path = _layer(decision, model)
-    return Step(decision, "surgery", path, functools.partial(_operate, functools.partial(surgeon.remove_layer, model, path)), -1)
-
-
-def _modify_layer(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
-    path = _layer(decision, model)
-    config = {name: value for name, value in decision.parameters.items() if name != "preserve"}
-    if not config:
-        raise DecisionError(f"decision: {decision}: parameters: expected the new configuration, got none.")
-    layer: Any = model.get_submodule(path)
-    if isinstance(layer, ElasticLayer) and set(config) == {_units_of(layer)}:
-        step = _within_capacity(decision, path, layer, *config.values())
-        if step is not None:
-            return step
-    return _modify(decision, path, config, model, surgeon)
-
-
-def _within_capacity(decision: AdaptationDecision, path: str, layer: Any, size: Any) -> Step | None:
-    """Another number of units for which there is room: newborn ones keep the function, surplus ones fall asleep."""
-    axis = _axis_of(layer)
-    if axis is None or len(axis.segments) != 1 or type(size) is not int:
-        return None
-    ((dim, _, inner),) = axis.segments
-    before, width = dim.staged, size // inner
-    if size % inner or width > dim.capacity or dim.rigid is not None:
-        return None
-    dim.admit(width)
-
-    def carry_out() -> dict[str, Any]:
-        if width > before:
-            dim.grow(width, exact=bool(decision.parameters.get("preserve", True)))
-        else:
-            dim.resize(width)
-        return {"name": path, "from": before, "to": width}
-
-    direction = (width > before) - (width < before)
-    return Step(decision, "metadata", path, carry_out, direction, functools.partial(of_width, dim, before, width), width)
-
-
-def _modify(decision: AdaptationDecision, path: str, config: dict[str, Any], model: nn.Module, surgeon: ModelSurgeon) -> Step:
-    layer: Any = model.get_submodule(path)
-    attribute = _units_of(layer)
-    size = config.get(attribute) if attribute is not None else None
-    before = getattr(layer, attribute) if attribute is not None else None
-    direction, cost, width = 0, Cost, None
-    if type(size) is int and type(before) is int:
-        direction, width = (size > before) - (size < before), size
-        cost = functools.partial(of_units, model, path, before, size, surgeon.example_inputs)  # type: ignore[assignment]
-    edit = functools.partial(surgeon.modify_layer, model, path, config, **_preserve(decision))
-    return Step(decision, "surgery", path, functools.partial(_operate, edit), direction, cost, width)
-
-
-def _add_skip(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
-    _require_only(decision, {"preserve", "from_layer", "to_layer"})
-    given, paths = decision.parameters, _paths(model)
-    source, target = given.get("from_layer", decision.layer_name), given.get("to_layer", decision.position)
-    if type(source) is not str or type(target) is not str:
-        raise DecisionError(
-            f"decision: {decision}: expected where the skip begins (layer_name) and where it ends (position), "
-            f"got {source!r} and {target!r}."
-        )
-    target = target.removeprefix("after_") if target not in paths else target
-    source, target = resolve(source, paths, "layer"), resolve(target, paths, "layer")
-    edit = functools.partial(surgeon.add_skip_connection, model, source, target, **_preserve(decision))
-    return Step(decision, "surgery", source, functools.partial(_operate, edit), 1)
-
-
-def _remove_skip(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
-    _require_only(decision, set())
-    path = _layer(decision, model)
-    edit = functools.partial(surgeon.remove_skip_connection, model, path)
-    return Step(decision, "surgery", path, functools.partial(_operate, edit), -1)
-
-
-def _operate(edit: Callable[[], SurgeryResult]) -> dict[str, Any]:
-    result = edit()
-    if not result:
-        assert result.error is not None
-        raise result.error
-    return result.details
-
-
-def _layer(decision: AdaptationDecision, model: nn.Module) -> str:
-    assert decision.layer_name is not None
-    return resolve(decision.layer_name, _paths(model), "layer")
-
-
-def _preserve(decision: AdaptationDecision) -> dict[str, Any]:
-    return {"preserve": decision.parameters["preserve"]} if "preserve" in decision.parameters else {}
-
-
-def _require_only(decision: AdaptationDecision, words: set[str]) -> None:
-    unknown = next((word for word in decision.parameters if word not in words), None)
-    if unknown is not None:
-        expected = ", ".join(sorted(words)) or "none"
-        raise DecisionError(f"decision: {decision}: parameters: expected {expected}, got {unknown!r}.")
+    direction = on - bool(switch.staged)
+    return Step(decision, "metadata", name, carry_out, direction, functools.partial(of_switch, model, switch, on))
 
 
 _STEPS: dict[str, Callable[[AdaptationDecision, nn.Module, ModelSurgeon], Step]] = {
-    "resize": _width,
-    "grow": _width,
-    "prune": _width,
+    "resize": width_step,
+    "grow": width_step,
+    "prune": width_step,
     "enable": _switch,
     "disable": _switch,
-    "add_layer": _add_layer,
-    "remove_layer": _remove_layer,
-    "modify_layer": _modify_layer,
-    "add_skip_connection": _add_skip,
-    "remove_skip_connection": _remove_skip,
+    "add_layer": add_layer,
+    "remove_layer": remove_layer,
+    "modify_layer": modify_layer,
+    "add_skip_connection": add_skip,
+    "remove_skip_connection": remove_skip,
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from ..errors import DecisionError, SafetyError
+from ..errors import DecisionError
 from ..summary import parameters_in_use
+from .cost import staged
 from .decisions import TOPOLOGY, TYPES, AdaptationDecision
 from .mechanisms import Step
 
@@ -21,7 +23,8 @@ class Safety:
     """Limits of a run. The defaults keep out what cannot be meant; narrow them for runs that nobody watches.
 
     Args:
-        additions_per_epoch: how often in an epoch capacity may be added: by grow, enable, resize upwards, a layer or a skip.
+        additions_per_epoch: how often in an epoch capacity may be added: by grow, enable, resize upwards, a layer or a skip. Of several
+            decisions in one request each counts.
         removals_per_epoch: how often it may be taken away.
         cooldown_steps: training steps between one change and the next; those of one decision count as one.
         cooldown_of_layer: training steps between two changes of the same dim, block or layer.
@@ -52,10 +55,12 @@ class Safety:
     allowed: frozenset[str] = frozenset(TYPES)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "allowed", frozenset(self.allowed))
-        unknown = sorted(self.allowed - set(TYPES))
+        given: Any = self.allowed
+        listed = given if isinstance(given, set | frozenset | list | tuple) else [given]
+        unknown = [kind for kind in listed if type(kind) is not str or kind not in TYPES]
         if unknown:
             raise DecisionError(f"Safety: allowed: expected types of decisions ({', '.join(TYPES)}), got {unknown[0]!r}.")
+        object.__setattr__(self, "allowed", frozenset(listed))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("min_confidence", "min_urgency"):
@@ -124,8 +129,16 @@ class Guardian:
             return Verdict(False, "cooldown_steps", f"{step - self._last} of {limits.cooldown_steps} steps since the last change")
         return Verdict(True)
 
-    def weigh(self, step_: Step, model: nn.Module, step: int, epoch: int) -> Verdict:
-        """What can be said of a step: rates, minimum and sizes. Counts in Python integers, before anything is allocated."""
+    def weigh(self, step_: Step, model: nn.Module, step: int, epoch: int, before: Sequence[Step] = ()) -> Verdict:
+        """What can be said of a step: rates, minimum and sizes. Counts in Python integers, before anything is allocated.
+
+        Args:
+            step_: to be weighed.
+            model: as it is now; what an open batch has staged counts as done.
+            step: of training.
+            epoch: of training.
+            before: the steps of the same request that are done.
+        """
         limits, served = self.limits, step_.mechanism
         last = self._last_of.get(step_.name)
         if last is not None and step - last < limits.cooldown_of_layer:
@@ -135,14 +148,16 @@ class Guardian:
         self._begin(epoch)
         for sign, name, done in ((1, "additions_per_epoch", self._additions), (-1, "removals_per_epoch", self._removals)):
             most = getattr(limits, name)
-            if step_.direction == sign and most is not None and done >= most:
-                return Verdict(False, name, f"{done} of {most} in epoch {epoch}", served)
+            if step_.direction == sign and most is not None:
+                done += sum(each.direction == sign for each in before)
+                if done >= most:
+                    return Verdict(False, name, f"{done} of {most} in epoch {epoch}", served)
         if step_.direction < 0 and step_.width is not None and step_.width < limits.minimum_width:
             return Verdict(
                 False, "minimum_width", f"{step_.name} would have {step_.width} units, of at least {limits.minimum_width}", served
             )
         if step_.direction > 0 and not (served == "metadata" and self.roomy):
-            self.active, self.allocated = count(model)
+            self.recount(model)
             return self._fits(*step_.cost(), served)
         return Verdict(True, mechanism=served)
 
@@ -152,10 +167,10 @@ class Guardian:
         return self.allocated <= self.most
 
     def _fits(self, active: int, allocated: int, served: str | None) -> Verdict:
-        if self.active + active > self.most:
+        if active > 0 and self.active + active > self.most:
             return Verdict(False, "max_parameters", f"{self.active:,} and {active:,} parameters in use, of at most {self.most:,}", served)
         most = self.limits.max_bytes
-        if most is not None:
+        if most is not None and allocated > 0:
             wanted = (self.allocated + allocated) * self._item * self._copies
             if wanted > most:
                 return Verdict(
@@ -163,17 +178,17 @@ class Guardian:
                 )
         return Verdict(True, mechanism=served)
 
-    def check(self, model: nn.Module) -> None:
-        """Hold a model as it is after surgery against the limits of size.
+    def recount(self, model: nn.Module) -> None:
+        """Count a model as it is now."""
+        self.active, self.allocated = count(model)
 
-        Raises:
-            SafetyError: it is larger than allowed.
-        """
+    def check(self, model: nn.Module) -> Verdict:
+        """Hold a model as surgery has left it against the limits of size; what was counted before it is what it began with."""
         active, allocated = count(model)
         verdict = self._fits(active - self.active, allocated - self.allocated, "surgery")
-        if not verdict:
-            raise SafetyError(f"safety: {verdict.factor}: {verdict.reason}.")
-        self.active, self.allocated = active, allocated
+        if verdict:
+            self.active, self.allocated = active, allocated
+        return verdict
 
     def note(self, steps: list[Step], step: int, epoch: int) -> None:
         """Take account of a change that was made."""
@@ -181,8 +196,8 @@ class Guardian:
         self._last = step
         for each in steps:
             self._last_of[each.name] = step
-        self._additions += any(each.direction > 0 for each in steps)
-        self._removals += any(each.direction < 0 for each in steps)
+        self._additions += sum(each.direction > 0 for each in steps)
+        self._removals += sum(each.direction < 0 for each in steps)
 
     def _begin(self, epoch: int) -> None:
         if epoch != self._epoch:
@@ -209,5 +224,5 @@ class Guardian:
 
 
 def count(model: nn.Module) -> tuple[int, int]:
-    """The parameters of ``model`` in use, and those that it holds."""
-    return parameters_in_use(model), sum(parameter.numel() for parameter in model.parameters())
+    """The parameters of ``model`` in use, as an open batch will leave them, and those that it holds."""
+    return parameters_in_use(model, staged), sum(parameter.numel() for parameter in model.parameters())
