@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from training_nets import Net, loader
 
 import esper_elastic as ee
-from esper_elastic.layers import ElasticLayer
+from esper_elastic.layers import ElasticBlock, ElasticLayer
 from esper_elastic.layers.state import JOURNAL
 from esper_elastic.training import Safety, Trainer
 
@@ -55,6 +55,7 @@ class Soak:
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.model = ee.elasticize(Switched(), torch.randn(2, 1, 8, 8), capacity=2.0)
+        self.model.branch = ElasticBlock(self.model.branch, kind="branch")
         optimizer = ee.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.run = Trainer(
             self.model, optimizer, nn.functional.cross_entropy, safety=Safety(minimum_width=2), example_inputs=torch.zeros(2, 1, 8, 8)
@@ -105,8 +106,8 @@ class Soak:
         self.refused += not result
         if result and result.mechanism == "metadata":
             assert {id(parameter) for parameter in self.model.parameters()} == parameters
-        if kind == "nonsense":
-            assert not result
+        if kind in ("nonsense", "enable", "disable"):
+            assert bool(result) == (kind != "nonsense"), result
         names = dict(self.model.named_modules())
         if result and kind in ("add_layer", "skip"):
             (self.added if kind == "add_layer" else self.skips).append(result.details[0]["name"])
