@@ -20,7 +20,7 @@ import esper_elastic as ee
 from esper_elastic.errors import DecisionError, ElasticError, OwnerError, TrainingError
 from esper_elastic.surgery import ModelSurgeon
 from esper_elastic.training import AdaptationResult, Controller, Safety, controller
-from esper_elastic.training.controller import MOST_STEPS
+from esper_elastic.training.requests import MOST_STEPS
 from esper_elastic.training.safety import Guardian
 
 RESIZE = decision("resize", "stem", width=8)
