@@ -20,7 +20,7 @@ import esper_elastic as ee
 from esper_elastic.errors import DecisionError, ElasticError, OwnerError, TrainingError
 from esper_elastic.surgery import ModelSurgeon
 from esper_elastic.training import AdaptationResult, Controller, Safety, controller
-from esper_elastic.training.controller import MOST_STEPS
+from esper_elastic.training.requests import MOST_STEPS
 from esper_elastic.training.safety import Guardian
 
 RESIZE = decision("resize", "stem", width=8)
@@ -74,8 +74,8 @@ def test_several_decisions_vanish_together(case, bad):
 
 @pytest.mark.parametrize("given", [[GROW, PRUNE, DISABLE], [WINDOW, GROW, PRUNE]], ids=["metadata", "surgery"])
 def test_a_commit_that_fails_leaves_no_weight_written(given, monkeypatch):
-    scene = Scene()
-    before = scene.print()
+    scene = Scene(safety=Safety(cooldown_steps=0, additions_per_epoch=9))
+    before, account = scene.print(), scene.controller.guardian.state_dict()
     from esper_elastic import growth
 
     def fail(*args: Any) -> None:
@@ -87,6 +87,8 @@ def test_a_commit_that_fails_leaves_no_weight_written(given, monkeypatch):
     result = scene.controller.apply(given)
     assert not result and result.undone and isinstance(result.error, TrainingError) and "MemoryError: out of memory" in str(result.error)
     assert_same(scene.print(), before)
+    now = scene.controller.guardian.state_dict()
+    assert all(now[name] == account[name] for name in ("additions", "removals", "last", "last_of"))
     # one that fails takes no other one of the same boundary with it
     futures = [scene.controller.submit(each) for each in (RESIZE, given, GROW)]
     assert [bool(each) for each in scene.controller.drain()] == [True, False, True]

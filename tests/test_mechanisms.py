@@ -254,6 +254,18 @@ def test_resolve_says_what_a_name_means():
         resolve("x", [], "layer")
 
 
+def test_what_a_skip_begins_in_stays_on():
+    scene = Scene(state=False)
+    assert scene.controller.apply(decision("add_skip_connection", "layer1.0.conv1", "layer1.1"))
+    for given in (decision("disable", "layer1.0"), [decision("enable", "layer1.0"), decision("disable", "layer1.0")]):
+        result = scene.controller.apply(given)
+        assert "where the skip layer1.1.edits.skip_0 begins, which would find no input" in str(result.error)
+    assert scene.controller.apply(decision("disable", "layer1.1"))
+    assert torch.isfinite(scene.output()).all()
+    assert scene.controller.apply([decision("remove_skip_connection", "layer1.1.edits.skip_0"), decision("disable", "layer1.0")])
+    assert torch.isfinite(scene.output()).all()
+
+
 def test_a_fixed_width_says_why():
     scene = Scene(state=False)
     with pytest.raises(DecisionError, match="'head': expected a layer whose width can change, got one whose width is fixed, since"):

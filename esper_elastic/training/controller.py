@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import json
 import logging
 import queue
 import threading
@@ -22,121 +21,21 @@ from typing import Any
 from torch import nn
 
 from ..control import ControlBlock, ElasticDim
-from ..errors import CapacityError, DecisionError, ElasticError, SafetyError, SurgeryError, TrainingError
+from ..errors import TrainingError
 from ..model import known
 from ..surgery import ModelSurgeon
 from ..surgery.transaction import transaction
 from ..surgery.undo import UndoLog, save_objects, save_values
 from .decisions import AdaptationDecision
-from .mechanisms import Mechanism, NeedsCommit, Step, step_for
+from .mechanisms import step_for
+from .requests import AdaptationResult, Request, Served, read, require, verdict_of
 from .safety import Guardian, Verdict
+from .step import NeedsCommit, Step
 from .width_steps import save_units
 
+__all__ = ["AdaptationResult", "Controller", "Request"]
+
 LOGGER = logging.getLogger("esper_elastic.training")
-
-#: Decisions of one request.
-MOST_STEPS = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class AdaptationResult:
-    """What became of a request; truthy if it was carried out.
-
-    Attributes:
-        success: whether the model has changed as decided.
-        decisions: of the request; empty if it could not be read.
-        mechanism: that served it: ``"metadata"``, ``"surgery"`` where any part of it was, or ``None``.
-        details: of each decision, in order.
-        milliseconds: from taking it up to its commit or refusal.
-        verdict: of the run's limits.
-        error: why it was not carried out.
-        undone: whether it had begun, and was rolled back.
-        request: its number in the run.
-    """
-
-    success: bool
-    decisions: tuple[AdaptationDecision, ...]
-    mechanism: Mechanism | None
-    details: tuple[dict[str, Any], ...]
-    milliseconds: float
-    verdict: Verdict
-    error: ElasticError | None = None
-    undone: bool = False
-    request: int = 0
-
-    def __bool__(self) -> bool:
-        return self.success
-
-    def __str__(self) -> str:
-        said = " + ".join(map(str, self.decisions)) or "a request"
-        if self.success:
-            return f"{said}: {self.mechanism}, {self.milliseconds:.3g} ms"
-        return f"{said}: {'rolled back' if self.undone else 'refused'}: {self.error}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What was submitted, and by whom; ``future`` where somebody waits for the result."""
-
-    number: int
-    given: Any
-    source: str
-    future: Future[AdaptationResult] | None = None
-
-
-class _Served:
-    """A request on its way."""
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.begun = time.perf_counter()
-        self.decisions: tuple[AdaptationDecision, ...] = ()
-        self.steps: list[Step] = []
-        self.details: list[dict[str, Any]] = []
-        self.result: AdaptationResult | None = None
-
-    @property
-    def mechanism(self) -> Mechanism:
-        """That its steps take."""
-        return "surgery" if any(step.mechanism == "surgery" for step in self.steps) else "metadata"
-
-    def clear(self) -> None:
-        """Forget what was staged, to begin again."""
-        self.steps.clear()
-        self.details.clear()
-
-    def succeeded(self) -> None:
-        """It has been published."""
-        self._end(self.mechanism, tuple(self.details), Verdict(True, mechanism=self.mechanism))
-
-    def failed(self, error: Exception, undone: bool = False) -> None:
-        """It has been refused, or undone."""
-        verdict = _verdict_of(error)
-        if not isinstance(error, ElasticError):
-            said = TrainingError(f"{' + '.join(map(str, self.decisions)) or 'a request'}: {type(error).__name__}: {error}")
-            said.__cause__ = error
-            error = said
-        self._end(None, (), verdict, error, undone)
-
-    def _end(
-        self,
-        mechanism: Mechanism | None,
-        details: tuple[Any, ...],
-        verdict: Verdict,
-        error: ElasticError | None = None,
-        undone: bool = False,
-    ) -> None:
-        milliseconds = 1e3 * (time.perf_counter() - self.begun)
-        number = self.request.number
-        self.result = AdaptationResult(error is None, self.decisions, mechanism, details, milliseconds, verdict, error, undone, number)
-
-
-class _Refused(SafetyError):
-    """A limit of the run, with its verdict."""
-
-    def __init__(self, verdict: Verdict) -> None:
-        super().__init__(f"safety: {verdict.factor}: {verdict.reason}.")
-        self.verdict = verdict
 
 
 class _TakesSurgery(Exception):
@@ -147,41 +46,11 @@ class _Tried(Exception):
     """Ends a trial: all of it is dropped."""
 
 
-def _require(verdict: Verdict) -> None:
-    if not verdict:
-        raise _Refused(verdict)
-
-
-def _verdict_of(error: Exception) -> Verdict:
-    """What an error says of a request, and whose it is: for the record."""
-    if isinstance(error, _Refused):
-        return error.verdict
-    kinds = ((DecisionError, "decision"), (SafetyError, "safety"), (SurgeryError, "surgeon"), (CapacityError, "capacity"))
-    return Verdict(False, next((name for kind, name in kinds if isinstance(error, kind)), "error"), str(error))
-
-
 def _spare(decision: AdaptationDecision) -> AdaptationDecision:
     """A decision whose layer a trial may write to."""
     if not isinstance(decision.layer_spec, nn.Module):
         return decision
     return AdaptationDecision.parse(dataclasses.replace(decision, layer_spec=copy.deepcopy(decision.layer_spec)))
-
-
-def _read(given: Any) -> tuple[AdaptationDecision, ...]:
-    """The decisions of a request.
-
-    Raises:
-        DecisionError: one is none, or there are none or too many.
-    """
-    if isinstance(given, str | bytes | bytearray) and given.lstrip()[:1] in ("[", b"["):
-        try:
-            given = json.loads(given)
-        except (ValueError, RecursionError) as error:
-            raise DecisionError(f"decision: expected JSON, got text that is none: {str(error)[:200]}.") from None
-    several = given if isinstance(given, list | tuple) else [given]
-    if not 1 <= len(several) <= MOST_STEPS:
-        raise DecisionError(f"decision: expected from 1 to {MOST_STEPS} decisions, got {len(several)}.")
-    return tuple(AdaptationDecision.parse(each) for each in several)
 
 
 class Controller:
@@ -273,21 +142,21 @@ class Controller:
 
         Call it where :meth:`apply` may be called: what metadata serves is staged and dropped, what takes surgery is made and undone.
         """
-        trial = _Served(Request(0, decision, ""))
+        trial = Served(Request(0, decision, ""))
         account = self.guardian.state_dict()
         try:
-            trial.decisions = tuple(_spare(each) for each in _read(decision))
+            trial.decisions = tuple(_spare(each) for each in read(decision))
             self._judge(trial)
             self._try(trial)
         except _Tried:
             return Verdict(True, mechanism=trial.mechanism)
         except Exception as error:
-            return _verdict_of(error)
+            return verdict_of(error)
         finally:
             self.guardian.load_state_dict(account)
         raise AssertionError("a trial ends by being dropped")
 
-    def _try(self, trial: _Served) -> None:
+    def _try(self, trial: Served) -> None:
         block = self._block()
         try:
             if block is not None:
@@ -301,7 +170,7 @@ class Controller:
     # Serving
 
     def _serve(self, requests: list[Request]) -> list[AdaptationResult]:
-        left = [_Served(request) for request in reversed(requests)]
+        left = [Served(request) for request in reversed(requests)]
         results: list[AdaptationResult] = []
         try:
             while left:
@@ -313,12 +182,12 @@ class Controller:
                     request.future.set_exception(TrainingError(f"request {request.number}: interrupted before it was carried out."))
         return results
 
-    def _by_metadata(self, left: list[_Served]) -> list[_Served]:
+    def _by_metadata(self, left: list[Served]) -> list[Served]:
         """Serve requests from the end of ``left``, in one commit, up to the first that metadata cannot serve."""
         block = self._block()
         if block is None:
             return []
-        account, served = self.guardian.state_dict(), list[_Served]()
+        account, served = self.guardian.state_dict(), list[Served]()
         self._log = None
         try:
             with block.batch():
@@ -342,7 +211,7 @@ class Controller:
                 each.succeeded()
         return served
 
-    def _stage(self, served: _Served, block: ControlBlock) -> bool:
+    def _stage(self, served: Served, block: ControlBlock) -> bool:
         """Stage a request in the open batch, or refuse it; returns whether metadata can serve it."""
         try:
             self._take_up(served)
@@ -356,19 +225,19 @@ class Controller:
             served.failed(error)
         return True
 
-    def _stage_steps(self, served: _Served, trying: bool = False) -> None:
+    def _stage_steps(self, served: Served, trying: bool = False) -> None:
         for decision in served.decisions:
             step = step_for(decision, self.model, self.surgeon)
             if step.mechanism != "metadata":
                 raise _TakesSurgery
             self._carry_out(step, served, trying)
 
-    def _by_surgery(self, served: _Served) -> _Served:
+    def _by_surgery(self, served: Served) -> Served:
         """Serve a request in a transaction."""
         try:
             self._take_up(served)
             first = step_for(served.decisions[0], self.model, self.surgeon)
-            _require(self.guardian.weigh(first, self.model, self.step, self.epoch))
+            require(self.guardian.weigh(first, self.model, self.step, self.epoch))
             block = self._block()
             if block is not None:
                 block._require_owner()
@@ -379,31 +248,31 @@ class Controller:
             served.failed(error, undone=bool(served.steps))
         return served
 
-    def _operate(self, served: _Served, trying: bool = False) -> None:
+    def _operate(self, served: Served, trying: bool = False) -> None:
         """Carry out a request in a transaction; to try it, and be undone, without telling anybody."""
         self.guardian.recount(self.model)
         account = self.guardian.state_dict()
         for decision in served.decisions:
             self._carry_out(step_for(decision, self.model, self.surgeon), served, trying)
         self.guardian.load_state_dict(account)
-        _require(self.guardian.check(self.model))
+        require(self.guardian.check(self.model))
         if trying:
             raise _Tried
 
-    def _take_up(self, served: _Served) -> None:
+    def _take_up(self, served: Served) -> None:
         if served.decisions:
             return
         served.begun = time.perf_counter()
-        served.decisions = _read(served.request.given)
+        served.decisions = read(served.request.given)
         self.taken_up(served.request, served.decisions)
         self._judge(served)
 
-    def _judge(self, served: _Served) -> None:
+    def _judge(self, served: Served) -> None:
         for decision in served.decisions:
-            _require(self.guardian.judge(decision, self.step))
+            require(self.guardian.judge(decision, self.step))
 
-    def _carry_out(self, step: Step, served: _Served, trying: bool = False) -> None:
-        _require(self.guardian.weigh(step, self.model, self.step, self.epoch, served.steps))
+    def _carry_out(self, step: Step, served: Served, trying: bool = False) -> None:
+        require(self.guardian.weigh(step, self.model, self.step, self.epoch, served.steps))
         if not trying:
             self.before_change(step)
         served.steps.append(step)
@@ -422,7 +291,7 @@ class Controller:
             self._log.record_random_numbers()
         save_units(dim, self._log.save_values, self._log.record)
 
-    def _finished(self, served: _Served) -> AdaptationResult:
+    def _finished(self, served: Served) -> AdaptationResult:
         result = served.result
         assert result is not None
         try:

@@ -12,8 +12,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import DecisionError
+from ..layers.state import JOURNAL
 from ..model import known
 from ..surgery import ModelSurgeon
+from ..surgery.edits.skip import Skip
 from .cost import of_switch
 from .decisions import AdaptationDecision
 from .names import find, paths_of, unknown
@@ -47,6 +49,8 @@ def _switch(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeo
             )
         unknown(decision.layer_name, blocks, "block")
     switch, on = blocks[name].switch, decision.adaptation_type == "enable"
+    if not on and JOURNAL in vars(model):
+        _require_no_skip_out(decision, name, model)
 
     def carry_out() -> dict[str, Any]:
         before = bool(switch.staged)
@@ -55,6 +59,17 @@ def _switch(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeo
 
     direction = on - bool(switch.staged)
     return Step(decision, "metadata", name, carry_out, direction, functools.partial(of_switch, model, switch, on))
+
+
+def _require_no_skip_out(decision: AdaptationDecision, block: str, model: nn.Module) -> None:
+    """Refuse to switch off what a skip takes its input from: the skip would find none."""
+    inside = f"{block}."
+    for path, module in paths_of(model).items():
+        if isinstance(module, Skip) and module.source.startswith(inside) and not path.startswith(inside):
+            raise DecisionError(
+                f"decision: {decision}: {module.source} inside is where the skip {path} begins, which would find no input while the block "
+                f"is off. Remove the skip first (remove_skip_connection)."
+            )
 
 
 _STEPS: dict[str, Callable[[AdaptationDecision, nn.Module, ModelSurgeon], Step]] = {

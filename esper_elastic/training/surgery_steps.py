@@ -36,10 +36,12 @@ def axis_of(layer: Any) -> Axis | None:
 
 
 def units_of(layer: nn.Module) -> str | None:
+    """What the constructor of a layer calls the number of its units."""
     return next((name for kinds, name in _UNITS_OF if isinstance(layer, kinds)), None)
 
 
 def add_layer(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
+    """A layer before or after another one."""
     require_only(decision, {"preserve"})
     side, path = _position(decision, model)
     layer = decision.layer_spec
@@ -58,12 +60,14 @@ def _position(decision: AdaptationDecision, model: nn.Module) -> tuple[str, str]
 
 
 def remove_layer(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
+    """A layer gone."""
     require_only(decision, set())
     path = _layer(decision, model)
     return Step(decision, "surgery", path, functools.partial(_operate, functools.partial(surgeon.remove_layer, model, path)), -1)
 
 
 def modify_layer(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
+    """A layer with other arguments."""
     path = _layer(decision, model)
     config = {name: value for name, value in decision.parameters.items() if name != "preserve"}
     if not config:
@@ -99,6 +103,7 @@ def _within_capacity(decision: AdaptationDecision, path: str, layer: Any, size: 
 
 
 def modify(decision: AdaptationDecision, path: str, config: dict[str, Any], model: nn.Module, surgeon: ModelSurgeon) -> Step:
+    """Other arguments of a layer, by the surgeon."""
     layer: Any = model.get_submodule(path)
     sizes = {name: size for name, size in config.items() if name in SIZES and type(size) is int}
     for name, size in sizes.items():
@@ -116,6 +121,7 @@ def _sign(number: int) -> int:
 
 
 def add_skip(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
+    """A skip from one layer to another."""
     require_only(decision, {"preserve", "from_layer", "to_layer"})
     given, paths = decision.parameters, paths_of(model)
     source, target = given.get("from_layer", decision.layer_name), given.get("to_layer", decision.position)
@@ -131,6 +137,7 @@ def add_skip(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurge
 
 
 def remove_skip(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
+    """A skip gone."""
     require_only(decision, set())
     path = _layer(decision, model)
     edit = functools.partial(surgeon.remove_skip_connection, model, path)

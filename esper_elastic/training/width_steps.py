@@ -34,6 +34,7 @@ _SCORES: dict[str, Callable[[ElasticDim], Tensor]] = {
 
 
 def width_step(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeon) -> Step:
+    """Another width of a dim, by its name or that of a layer which gives its units, or of a plain layer."""
     assert decision.layer_name is not None
     if decision.parameters:
         require_only(decision, _WIDTH_WORDS[decision.adaptation_type])
