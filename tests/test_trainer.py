@@ -234,6 +234,28 @@ def test_the_whole_path_from_a_policy_to_the_story_of_the_run(tmp_path: Path) ->
     assert losses(run)[-1] < losses(run)[0]
 
 
+@pytest.mark.parametrize("kind", ["module", "dict"])
+def test_the_average_of_the_weights_follows_its_units(kind: str) -> None:
+    decisions = [
+        {"adaptation_type": "prune", "layer_name": "conv1", "parameters": {"keep": [1, 2, 5, 7]}},
+        {"adaptation_type": "grow", "layer_name": "conv1", "parameters": {"width": 6}},
+        {"adaptation_type": "resize", "layer_name": "conv2", "parameters": {"width": 5}},
+    ]
+    model = net()
+    ema = torch.optim.swa_utils.AveragedModel(model) if kind == "module" else {n: p.detach().clone() for n, p in model.named_parameters()}
+    run = Trainer(model, ema=ema, example_inputs=torch.zeros(2, 1, 8, 8))
+    layer = {**ADD, "layer_spec": {"kind": "Conv2d", "arguments": SPEC["arguments"] | {"in_channels": 5, "out_channels": 5}}}
+    for decision in (*decisions, decisions[1:], layer, {**GROW, "layer_name": "conv2"}):
+        result = run.apply_architecture_modification(model, decision)
+        assert result, result
+        averages = dict(ema.module.named_parameters()) if kind == "module" else ema
+        for name, parameter in model.named_parameters():  # which was not trained: its average is itself, wherever its units are
+            assert torch.equal(averages[name], parameter), name
+        if kind == "module":
+            x = torch.randn(2, 1, 8, 8)
+            assert torch.equal(ema.eval()(x), model.eval()(x))
+
+
 # Checkpoints
 
 

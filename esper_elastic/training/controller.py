@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from ..control import ControlBlock, ElasticDim
-from ..errors import TrainingError
+from ..errors import ElasticError, TrainingError
 from ..model import known
 from ..surgery import ModelSurgeon
 from ..surgery.transaction import transaction
@@ -124,7 +124,7 @@ class Controller:
 
     def refuse(self, decision: Any, error: ElasticError) -> AdaptationResult:
         """Record that a decision is not heard, and why."""
-        served = _Served(Request(self._next(), decision, "", Future()))
+        served = Served(Request(self._next(), decision, "", Future()))
         served.failed(error)
         return self._finished(served)
 

@@ -31,6 +31,7 @@ from ..summary import parameters_in_use
 from ..surgery import ModelSurgeon
 from ..surgery.trial.twins import unwrapped
 from . import checkpoints, resumption
+from .average import Average
 from .bar import bar
 from .controller import AdaptationResult, Controller
 from .decisions import DecisionSource, name_of
@@ -142,6 +143,7 @@ class Trainer:
             done=self._done,
         )
         self._watch = None if governor is None else Watch(governor, [optimizer, *self.schedulers, scaler, ema])
+        self._average = None if ema is None else Average(root, ema)
         self._save_due = False
         self._window: list[Tensor] = []
         self._observing = contextlib.ExitStack()
@@ -315,7 +317,8 @@ class Trainer:
         snapshot, request = restored
         self.record.forget()
         self._parameters = -1
-        self._follow_widths()
+        if self._average is not None:
+            self._average.refresh()
         self._emit(Restored(self.state.step, time.time(), request, snapshot.step, reason, 1e3 * (time.perf_counter() - begun)))
 
     def _before_change(self, step: Step) -> None:
@@ -328,8 +331,8 @@ class Trainer:
     def _done(self, result: AdaptationResult) -> None:
         if result:
             self._parameters = -1
-            if self.ema is not None and result.mechanism == "metadata":
-                self._follow_widths()
+            if self._average is not None:
+                self._take_along(self._average, result)
             if self._watch is not None:
                 self._watch.changed(self.state, result.request)
         self.record.done(result)
@@ -337,17 +340,14 @@ class Trainer:
             if hasattr(source, "outcome"):
                 source.outcome(result)
 
-    def _follow_widths(self) -> None:
-        """Let an average that is a module have the widths and switches of the model."""
-        average = getattr(self.ema, "module", None)
-        if not isinstance(average, nn.Module):
+    def _take_along(self, average: Average, result: AdaptationResult) -> None:
+        """Have the average of the weights follow what metadata did; surgery has taken it along, and new parameters are looked up."""
+        if result.mechanism == "surgery":
+            average.refresh()
             return
-        dims, blocks = known(self._root)
-        their_dims, their_blocks = known(average)
-        changes: list[tuple[Any, int]] = [(their_dims[name], dim.active) for name, dim in dims.items() if name in their_dims]
-        changes += [(their_blocks[path].switch, int(block.switch.on)) for path, block in blocks.items() if path in their_blocks]
-        if changes:
-            changes[0][0].block.stage_all(changes)
+        average.follow_widths()
+        if any(decision.adaptation_type in ("grow", "prune") for decision in result.decisions):
+            average.take_buffers()
 
     def _report(self) -> None:
         state = self.state
@@ -450,7 +450,8 @@ class Trainer:
             return False
         resumption.resume(self, found, modules)
         self._parameters, self._started = -1, True
-        self._follow_widths()
+        if self._average is not None:
+            self._average.refresh()
         self._emit(Resumed(self.state.step, time.time(), found.name))
         return True
 
