@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import DecisionError
-from ..layers.state import JOURNAL
 from ..model import known
 from ..surgery import ModelSurgeon
+from ..surgery.edits.holder import Edits
 from ..surgery.edits.skip import Skip
 from .cost import of_switch
 from .decisions import AdaptationDecision
@@ -49,7 +49,7 @@ def _switch(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeo
             )
         unknown(decision.layer_name, blocks, "block")
     switch, on = blocks[name].switch, decision.adaptation_type == "enable"
-    if not on and JOURNAL in vars(model):
+    if not on and any(isinstance(part, Edits) and part.taps for part in blocks[name].inside.modules()):
         _require_no_skip_out(decision, name, model)
 
     def carry_out() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -95,8 +96,8 @@ class Record:
 
     def _recent(self) -> tuple[float, float]:
         """Mean loss and median time in milliseconds of the last steps."""
-        losses = list(self.state.losses)[-STEPS:]
-        seconds = list(self.state.step_seconds)[-STEPS:]
+        losses = list(itertools.islice(reversed(self.state.losses), STEPS))
+        seconds = list(itertools.islice(reversed(self.state.step_seconds), STEPS))
         return (
             statistics.fmean(losses) if losses else math.nan,
             1e3 * statistics.median(seconds) if seconds else math.nan,
