@@ -76,14 +76,14 @@ def test_several_decisions_vanish_together(case, bad):
 def test_a_commit_that_fails_leaves_no_weight_written(given, monkeypatch):
     scene = Scene(safety=Safety(cooldown_steps=0, additions_per_epoch=9))
     before, account = scene.print(), scene.controller.guardian.state_dict()
-    from esper_elastic import growth
+    keeping: Any = sys.modules["esper_elastic.growth.keep"]
 
     def fail(*args: Any) -> None:
         permute(*args)
         raise MemoryError("out of memory")
 
-    permute = growth._permute
-    monkeypatch.setattr(growth, "_permute", fail)
+    permute = keeping._permute
+    monkeypatch.setattr(keeping, "_permute", fail)
     result = scene.controller.apply(given)
     assert not result and result.undone and isinstance(result.error, TrainingError) and "MemoryError: out of memory" in str(result.error)
     assert_same(scene.print(), before)
@@ -99,12 +99,12 @@ def test_a_commit_that_fails_leaves_no_weight_written(given, monkeypatch):
 def test_an_interruption_while_writing_is_undone_and_raised(monkeypatch):
     scene = Scene()
     before = scene.print()
-    from esper_elastic import growth
+    keeping: Any = sys.modules["esper_elastic.growth.keep"]
 
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(growth, "_permute", interrupt)
+    monkeypatch.setattr(keeping, "_permute", interrupt)
     futures = [scene.controller.submit(given) for given in (GROW, PRUNE, RESIZE)]
     with pytest.raises(KeyboardInterrupt):
         scene.controller.drain()
