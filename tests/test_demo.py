@@ -18,7 +18,7 @@ from esper_elastic import cli, demo
 from esper_elastic.datasets import ImageData
 from esper_elastic.demo import capacity, data, network, train
 from esper_elastic.errors import ElasticError
-from esper_elastic.training import plateau
+from esper_elastic.training import AdaptationDecision, plateau
 
 picture = pytest.importorskip("esper_elastic.demo.picture", reason="needs matplotlib", exc_type=ImportError)
 report = pytest.importorskip("esper_elastic.demo.report", reason="needs rich", exc_type=ImportError)
@@ -191,18 +191,18 @@ def test_the_impossible_is_refused_and_nothing_is_lost(dial: capacity.Dial, prob
     dial.try_illegal(7)
     (event,) = dial.events
     assert (event.kind, event.widths) == ("refused", START)
-    assert event.reason == "cannot activate 11 units: capacity is 10; nothing lost"
+    assert event.reason == "max_bytes: no room beyond 10; nothing lost"
     assert torch.equal(outputs(dial.network, probe), before)
 
 
 @pytest.mark.parametrize("harm", ["accepted", "weights"])
 def test_a_refusal_that_costs_something_is_an_error(harm: str, dial: capacity.Dial, monkeypatch: pytest.MonkeyPatch) -> None:
-    def resize(model: nn.Module, widths: dict[str, int]) -> None:
+    def apply(model: nn.Module, decisions: list[AdaptationDecision]) -> bool:
         if harm == "weights":
             nn.init.ones_(model.head.weight)
-            raise ee.CapacityError("where: what. Remedy.")
+        return harm == "accepted"
 
-    monkeypatch.setattr(capacity.ee, "resize", resize)
+    monkeypatch.setattr(dial.trainer, "apply_architecture_modification", apply)
     with pytest.raises(ElasticError, match="expected a refusal" if harm == "accepted" else "expected the network as it was"):
         dial.try_illegal(7)
 

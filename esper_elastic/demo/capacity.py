@@ -1,4 +1,4 @@
-"""Changes of capacity while the demo trains: each made through the public calls, timed, and kept as an :class:`Event`.
+"""Changes of capacity while the demo trains: each decided to the trainer, timed, and kept as an :class:`Event`.
 
 Owns the dial of one elastic network: what it can be turned to, what it was turned to and what that cost. It decides nothing; the plan in
 ``train.py`` does.
@@ -18,7 +18,8 @@ from torch import Tensor
 import esper_elastic as ee
 
 from .. import importance
-from ..errors import CapacityError, ElasticError
+from ..errors import ElasticError
+from ..training import AdaptationDecision, AdaptationResult, Safety, Trainer
 from .network import Network, Widths, start_block_at_zero
 
 NARROW_SHARES = (0.75, 0.5, 0.25)
@@ -39,10 +40,16 @@ class Event:
 
 
 class Dial:
-    """A demo network's dims by the demo's names for them, and the events so far."""
+    """A demo network's dims by the demo's names for them, and the events so far.
 
-    def __init__(self, network: Network) -> None:
+    Args:
+        network: that changes.
+        trainer: that carries changes out; one that holds ``network`` and does not train it, by default.
+    """
+
+    def __init__(self, network: Network, trainer: Trainer | None = None) -> None:
         self.network = network
+        self.trainer = trainer if trainer is not None else Trainer(network, safety=no_more_memory(network))
         found = ee.dims(network)
         self._names = {part: next(name for name in found if name.startswith(prefix)) for part, prefix in _PARTS.items()}
         self.dims = {part: found[name] for part, name in self._names.items()}
@@ -60,14 +67,13 @@ class Dial:
         """Give birth to units up to ``targets``, all at once for the forward pass: the function stays as it is."""
         before = self.widths._asdict()
         with self._timed(step, "grow", " ".join(f"{part} {before[part]}->{target}" for part, target in targets.items()), reason):
-            for part, target in targets.items():
-                self.dims[part].grow(target, init="zero")
+            self._require(*(AdaptationDecision("grow", self._names[part], parameters={"width": n}) for part, n in targets.items()))
 
     def switch_on(self, step: int, reason: str) -> None:
         """Switch the residual block on, its last norm's scale set to zero first, so that the function stays as it is at that moment."""
         start_block_at_zero(self.network)
         with self._timed(step, "switch", "block on", reason):
-            ee.enable(self.network, "block")
+            self._require(AdaptationDecision("enable", "block"))
 
     def try_illegal(self, step: int) -> None:
         """Ask for more than the capacity, and make sure that the refusal cost nothing.
@@ -81,18 +87,16 @@ class Dial:
         before = {name: tensor.clone() for name, tensor in self.network.state_dict().items() if isinstance(tensor, Tensor)}
         digest, generation, widths = control.digest(), control.generation, self.widths
         start = time.perf_counter()
-        try:
-            ee.resize(self.network, {self._names["stem"]: 1, self._names[part]: asked})
-        except CapacityError as refusal:
-            microseconds = (time.perf_counter() - start) * 1e6
-            said = str(refusal)
-        else:
+        narrower = AdaptationDecision("resize", self._names["stem"], parameters={"width": 1})
+        result = self._decide(narrower, AdaptationDecision("grow", self._names[part], parameters={"width": asked}))
+        microseconds = (time.perf_counter() - start) * 1e6
+        if result:
             raise ElasticError(f"demo: {part}: expected a refusal of {asked} units at capacity {dim.capacity}, got none. Report this.")
         after = self.network.state_dict()
         unharmed = all(torch.equal(tensor, after[name]) for name, tensor in before.items())
         if not unharmed or (digest, generation, widths) != (control.digest(), control.generation, self.widths):
             raise ElasticError("demo: a refused change: expected the network as it was, got another. Report this.")
-        reason = f"{said.split(': ', 1)[-1].split('. ')[0]}; nothing lost"
+        reason = f"{result.verdict.factor}: no room beyond {dim.capacity}; nothing lost"
         self.events.append(Event(step, "refused", f"stem ->1 with {part} {widths.stage2}->{asked}", reason, microseconds, widths))
 
     def score(self) -> None:
@@ -107,8 +111,18 @@ class Dial:
         before = self.widths._asdict()
         what = " ".join(f"{part} {before[part]}->{target}" for part, target in targets.items()) + ", all dims put in order"
         with self._timed(step, "prune", what, f"lowest Taylor scores over {self._num_scored} steps"):
+            kept = {part: importance.top(self._scores[part], targets.get(part, dim.active)) for part, dim in self.dims.items()}
+            self._require(*(AdaptationDecision("prune", self._names[part], parameters={"keep": kept[part].tolist()}) for part in targets))
             for part, dim in self.dims.items():
-                _keep_best(dim, self._scores[part], targets.get(part, dim.active))
+                _put_best_first(dim, self._scores[part][kept[part]])
+
+    def _decide(self, *decisions: AdaptationDecision) -> AdaptationResult:
+        return self.trainer.apply_architecture_modification(self.network, list(decisions))
+
+    def _require(self, *decisions: AdaptationDecision) -> None:
+        result = self._decide(*decisions)
+        if not result:
+            raise ElasticError(f"demo: {result}. Report this.")
 
     @contextmanager
     def narrowed(self, share: float) -> Iterator[None]:
@@ -129,13 +143,19 @@ class Dial:
         self.events.append(Event(step, kind, what, reason, microseconds, self.widths))
 
 
-def _keep_best(dim: ee.ElasticDim, scores: Tensor, width: int) -> None:
-    """Prune ``dim`` to its ``width`` best units, the best quarter of those first, then the next best: what narrower widths will use."""
-    for kept in sorted({width, *(narrow_width(width, share) for share in NARROW_SHARES)}, reverse=True):
+def _put_best_first(dim: ee.ElasticDim, scores: Tensor) -> None:
+    """The best quarter of the units first, then the next best: what narrower widths will use. The function stays as it is."""
+    width = dim.active
+    for kept in sorted({narrow_width(width, share) for share in NARROW_SHARES}, reverse=True):
         best = importance.top(scores, kept)
         dim.keep(best)
         scores = scores[best]
     dim.resize(width)
+
+
+def no_more_memory(network: Network) -> Safety:
+    """Limits that allow whatever fits into what ``network`` holds now: parameters, gradients and two moments of each."""
+    return Safety(max_bytes=4 * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters()))
 
 
 def narrow_width(width: int, share: float) -> int:

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 import esper_elastic as ee
 
+from ..training import Governor, Trainer, TrainingState
 from ..training.plateau import Planned, PlateauDetector, Schedule
-from .capacity import Dial, Event
+from .capacity import Dial, Event, no_more_memory
 from .data import Images, accuracy
 from .network import Network, Widths, elastic_network, placed, plain_network
 
@@ -83,35 +84,30 @@ def train_grown(label: str, images: Images, settings: Settings, seed: int, watch
     torch.manual_seed(seed)
     network = placed(elastic_network(SMALL, LARGE), images.device)
     optimizer = ee.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    run, dial = Run(label, network), Dial(network)
+    trainer = Trainer(
+        network, optimizer, F.cross_entropy, schedulers=_schedule(optimizer, settings), safety=no_more_memory(network), governor=Governor()
+    )
+    run, dial = Run(label, network), Dial(network, trainer)
     run.events = dial.events
-    plan = Plan(dial, settings.steps)
-    for step, batch, labels in _steps(run, optimizer, images, settings, seed):
-        num_events = len(run.events)
-        plan.before(step)
-        for event in run.events[num_events:]:
-            percent = accuracy(network, images, settings.evaluation_images)
-            run.sizes.append((step, event.widths.parameters()))
-            watch(step, percent, event.widths, event)
-        widths = dial.widths
-        optimizer.zero_grad()
-        loss = F.cross_entropy(network(batch), labels)
-        loss.backward()
-        run.multiply_adds += _training_multiply_adds(widths, len(labels))
-        if plan.scores(step):
-            dial.score()
-        optimizer.step()
-        plan.after(loss.item())
-        _record(run, step, widths, images, settings, watch)
+    trainer.sources.append(Plan(dial, run, images, settings, watch))
+    start = time.perf_counter()
+    trainer.fit(lambda epoch: images.batches(settings.steps, settings.batch_size, seed), steps=settings.steps)
+    run.seconds = time.perf_counter() - start
     run.final_accuracy = accuracy(network, images)
     return run, dial
 
 
 class Plan:
-    """The changes of one run: growth and the switch at stalls within bounds, the rest at fixed shares of the steps."""
+    """The changes of one run: growth and the switch at stalls within bounds, the rest at fixed shares of the steps.
 
-    def __init__(self, dial: Dial, steps: int) -> None:
-        self._dial = dial
+    A source of the trainer's, which asks it between steps. It makes its changes there and then, to show each one's cost by itself.
+    """
+
+    name = "plan"
+
+    def __init__(self, dial: Dial, run: Run, images: Images, settings: Settings, watch: Watcher) -> None:
+        steps = settings.steps
+        self._dial, self._run, self._images, self._settings, self._watch = dial, run, images, settings, watch
         self._illegal = round(0.30 * steps)
         self._prune = round(0.70 * steps)
         self._scored_steps = max(1, round(0.04 * steps))
@@ -124,6 +120,23 @@ class Plan:
         bounds = [(0.03, 0.04), (0.06, 0.07), (0.09, 0.11)]
         planned = [Planned(change, round(a * steps), round(b * steps)) for change, (a, b) in zip(changes, bounds, strict=True)]
         self._schedule = Schedule(planned, PlateauDetector(window))
+
+    def decisions(self, state: TrainingState) -> tuple[()]:
+        """Take up the step just made, and change what is due before the next."""
+        last, widths = state.step - 1, self._dial.widths
+        self._run.multiply_adds += _training_multiply_adds(widths, self._settings.batch_size)
+        if self.scores(last):
+            self._dial.score()
+        self._schedule.saw(state.loss)
+        _record(self._run, last, widths, self._images, self._settings, self._watch)
+        if state.step < self._settings.steps:
+            num_events = len(self._run.events)
+            self.before(state.step)
+            for event in self._run.events[num_events:]:
+                percent = accuracy(self._run.network, self._images, self._settings.evaluation_images)
+                self._run.sizes.append((state.step, event.widths.parameters()))
+                self._watch(state.step, percent, event.widths, event)
+        return ()
 
     def before(self, step: int) -> None:
         """Make the changes that are due before ``step``."""
@@ -139,16 +152,22 @@ class Plan:
         """Whether the gradients of ``step`` count for the choice of what to prune."""
         return self._prune - self._scored_steps <= step < self._prune
 
-    def after(self, loss: float) -> None:
-        """Take in the loss of the step just made."""
-        self._schedule.saw(loss)
-
 
 def _steps(
     run: Run, optimizer: torch.optim.Optimizer, images: Images, settings: Settings, seed: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Each step's number and batch; moves the learning rate after it and adds up the time of the run."""
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
+    schedule = _schedule(optimizer, settings)
+    start = time.perf_counter()
+    for step, (batch, labels) in enumerate(images.batches(settings.steps, settings.batch_size, seed)):
+        yield step, batch, labels
+        schedule.step()
+    run.seconds = time.perf_counter() - start
+
+
+def _schedule(optimizer: torch.optim.Optimizer, settings: Settings) -> torch.optim.lr_scheduler.OneCycleLR:
+    """The learning rates that all runs share."""
+    return torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         settings.learning_rate,
         total_steps=settings.steps,
@@ -156,11 +175,6 @@ def _steps(
         div_factor=25,
         cycle_momentum=False,
     )
-    start = time.perf_counter()
-    for step, (batch, labels) in enumerate(images.batches(settings.steps, settings.batch_size, seed)):
-        yield step, batch, labels
-        schedule.step()
-    run.seconds = time.perf_counter() - start
 
 
 def _record(run: Run, step: int, widths: Widths, images: Images, settings: Settings, watch: Watcher) -> None:
