@@ -172,14 +172,14 @@ def test_any_order_of_decisions_keeps_the_contract(order: list[tuple[str, int]])
 def test_ten_thousand_decisions_in_one_run() -> None:
     soak, counted, paces = Soak(), list[int](), list[float]()
 
-    @settings(max_examples=400, phases=[Phase.generate], **SETTINGS)
+    @settings(max_examples=280, phases=[Phase.generate], **SETTINGS)
     @given(ORDERS)
     def go_on(order: list[tuple[str, int]]) -> None:
         for kind, number in order:
             soak.change(kind, number)
             soak.step()
         soak.look()
-        if soak.done // 2000 > len(counted):
+        if soak.done // 1000 > len(counted):
             soak.plain_again()
             for _ in range(20):
                 soak.step()
@@ -190,5 +190,7 @@ def test_ten_thousand_decisions_in_one_run() -> None:
     go_on()
     assert soak.done >= 10_000
     assert 0.1 < soak.refused / soak.done < 0.6
-    assert paces[-1] < 1.3 * paces[0], paces
+    assert min(paces[len(paces) // 2 :]) < 1.2 * min(paces[: len(paces) // 2]), (
+        paces
+    )  # of the quietest moments: what drifts, drifts there too
     assert counted[-1] - counted[1] < 0.02 * counted[1], counted
