@@ -93,11 +93,10 @@ def test_nothing_changes_within_a_step() -> None:
     moments["forward"].register_forward_hook(lambda *_: ask("forward"))
     moments["backward"].register_full_backward_hook(lambda *_: ask("backward"))
     run.optimizer.register_step_post_hook(lambda *_: ask("step"))
-    run.fit(loader(), steps=2)
-    assert [moment for moment, _, _ in seen] == ["forward", "backward"] * 2 + ["step"] + ["forward", "backward"] * 2 + ["step"]
-    assert len({generation for _, step, generation in seen if step == 0}) == 1, "several commits within the first step"
-    assert len({generation for _, _, generation in seen}) == 2, "one commit at the boundary"
-    assert ee.dims(run.model)["conv1"].active == 8 + 2 * 5, "five asked for within each step"
+    run.fit(loader(), steps=1)
+    assert [moment for moment, _, _ in seen] == [*["forward", "backward"] * 2, "step"]
+    assert {generation for _, _, generation in seen} == {control.generation - 1}, "one commit, at the boundary"
+    assert ee.dims(run.model)["conv1"].active == 8 + 5, "five asked for within the step"
 
 
 def test_gradients_of_the_last_step_are_there_for_who_decides() -> None:
@@ -232,6 +231,37 @@ def test_the_whole_path_from_a_policy_to_the_story_of_the_run(tmp_path: Path) ->
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
     assert len(lines) == len(run.monitor.events)
     assert losses(run)[-1] < losses(run)[0]
+
+
+def test_what_is_asked_for_when_training_ends_is_not_left_waiting() -> None:
+    run, futures = trainer(), list[Any]()
+
+    class AsksTooLate:
+        def decisions(self, state: Any) -> tuple[()]:
+            return ()
+
+        def outcome(self, result: Any) -> None:
+            if len(futures) < 2:
+                futures.append(run.request({**GROW, "parameters": {"delta": 1}}))
+
+    run.sources.append(AsksTooLate())
+    first = run.request(GROW)
+    run.fit(loader(), steps=1)
+    assert first.result(0) and futures[0].result(0)
+    waiting = threading.Thread(target=lambda: futures.append(run.apply_architecture_modification(run.model, GROW)))
+    run._trained_by = -1  # as if another thread were training, which then ends without coming to a boundary again
+    waiting.start()
+    time.sleep(0.2)
+    run._trained_by = None
+    waiting.join(5)
+    assert not futures[-1] and "training ended" in str(futures[-1].error)
+
+
+def test_another_model_may_take_other_inputs() -> None:
+    run, other = trainer(), nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    layer = {"kind": "Linear", "arguments": {"in_features": 4, "out_features": 4}}
+    assert run.apply_architecture_modification(other, {"adaptation_type": "add_layer", "position": "after_1", "layer_spec": layer})
+    assert other(torch.zeros(1, 3)).shape == (1, 2)
 
 
 @pytest.mark.parametrize("kind", ["module", "dict"])

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
+from ..surgery.trial.inputs import known_inputs
 from ..surgery.trial.recording import attempt
+
+
+def runs_on(model: nn.Module, example_inputs: Any) -> bool:
+    """Whether a model runs on inputs, tried on tensors without values."""
+    args, kwargs = known_inputs(model, example_inputs) or ((), {})
+    return attempt(model, args, kwargs, explain=False)[0] is not None
 
 
 def inputs_of_shape(model: nn.Module, shape: Sequence[int]) -> Tensor:

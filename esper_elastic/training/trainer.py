@@ -38,7 +38,7 @@ from .decisions import DecisionSource, name_of
 from .epochs import Batches, Epochs
 from .events import Evaluated, Event, Progress, Restored, Resumed, RunEnded, RunStarted, Saved, SnapshotTaken
 from .governor import Governor, Watch
-from .inputs import inputs_of_shape
+from .inputs import inputs_of_shape, runs_on
 from .mechanisms import Step
 from .monitor import Monitor
 from .record import Record
@@ -207,9 +207,11 @@ class Trainer:
             reason = f"{type(error).__name__}: {error}"
             raise
         finally:
-            self._inside, self._trained_by = False, None
+            self._inside = False
             self._observing.close()
             self._window.clear()
+            self._trained_by = None
+            self.controller.drain()  # what was asked for meanwhile is not left waiting
             self._emit(RunEnded(self.state.step, time.time(), reason))
             self.monitor.flush()
         return self.state
@@ -317,6 +319,7 @@ class Trainer:
         snapshot, request = restored
         self.record.forget()
         self._parameters = -1
+        self.controller.guardian.recount(self._root)
         if self._average is not None:
             self._average.refresh()
         self._emit(Restored(self.state.step, time.time(), request, snapshot.step, reason, 1e3 * (time.perf_counter() - begun)))
@@ -383,7 +386,7 @@ class Trainer:
         if unwrapped(model) is not self._root:
             return self._controller_of(unwrapped(model)).apply(decision)
         if self._trained_by not in (None, threading.get_ident()):
-            return self.request(decision).result()
+            return self._wait_for(decision)
         if self._inside:
             return self.controller.refuse(decision, TrainingError("Trainer: a step is under way. Ask for the next boundary: request(...)."))
         self.controller.step, self.controller.epoch = self.state.step, self.state.epoch
@@ -392,13 +395,24 @@ class Trainer:
     async def _apply_architecture_modification(self, model: nn.Module, decision: Any) -> AdaptationResult:
         """:meth:`apply_architecture_modification` for asynchronous callers, which do not block while another thread trains."""
         if unwrapped(model) is self._root and self._trained_by not in (None, threading.get_ident()):
-            return await asyncio.wrap_future(self.request(decision))
+            return await asyncio.to_thread(self._wait_for, decision)
         return self.apply_architecture_modification(model, decision)
 
+    def _wait_for(self, decision: Any) -> AdaptationResult:
+        """Have a decision carried out by the thread that trains; refused, if that ends before it has come to it."""
+        asked = self.request(decision)
+        while True:
+            try:
+                return asked.result(timeout=0.1)
+            except TimeoutError:
+                if self._trained_by is None and asked.cancel():
+                    return self.controller.refuse(decision, TrainingError("Trainer: training ended before the next boundary. Ask again."))
+
     def _controller_of(self, model: nn.Module) -> Controller:
-        """One for a model that this trainer does not train."""
-        guardian = Guardian(self.controller.guardian.limits, model)
-        return Controller(model, self.controller.surgeon, guardian, taken_up=self.record.requested, done=self.record.done)
+        """One for a model that this trainer does not train, which may take other inputs."""
+        guardian, inputs = Guardian(self.controller.guardian.limits, model), self.controller.surgeon.example_inputs
+        surgeon = self.controller.surgeon if inputs is None or runs_on(model, inputs) else ModelSurgeon()
+        return Controller(model, surgeon, guardian, taken_up=self.record.requested, done=self.record.done)
 
     def _end_epoch(self, evaluate: Evaluate | None) -> None:
         if evaluate is not None:
