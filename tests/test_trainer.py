@@ -257,6 +257,20 @@ def test_what_is_asked_for_when_training_ends_is_not_left_waiting() -> None:
     assert not futures[-1] and "training ended" in str(futures[-1].error)
 
 
+def test_what_waits_when_a_step_fails_is_refused() -> None:
+    run, asked = trainer(), list[Any]()
+
+    def fails(*_: Any) -> None:
+        asked.append(run.request(GROW))
+        raise RuntimeError("no more data")
+
+    run.model.conv2.register_forward_hook(fails)
+    with pytest.raises(RuntimeError, match="no more data"):
+        run.fit(loader(), steps=1)
+    assert not asked[0].result(0) and "ended within a step" in str(asked[0].result(0).error)
+    assert ee.dims(run.model)["conv1"].active == 8
+
+
 def test_another_model_may_take_other_inputs() -> None:
     run, other = trainer(), nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     layer = {"kind": "Linear", "arguments": {"in_features": 4, "out_features": 4}}

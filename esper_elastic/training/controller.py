@@ -128,6 +128,15 @@ class Controller:
         served.failed(error)
         return self._finished(served)
 
+    def dismiss(self, error: ElasticError) -> None:
+        """Refuse what waits: training has ended where nothing may change."""
+        for _ in range(self._waiting.qsize()):
+            request = self._waiting.get()
+            if request.future is None or request.future.set_running_or_notify_cancel():
+                served = Served(request)
+                served.failed(error)
+                self._finished(served)
+
     def drain(self) -> list[AdaptationResult]:
         """Carry out what has been submitted, in order: what waits now, not what is submitted meanwhile."""
         waiting: list[Request] = []

@@ -40,7 +40,7 @@ from .events import Evaluated, Event, Progress, Restored, Resumed, RunEnded, Run
 from .governor import Governor, Watch
 from .inputs import inputs_of_shape, runs_on
 from .mechanisms import Step
-from .monitor import Monitor
+from .monitor import LOGGER, Monitor
 from .record import Record
 from .safety import Guardian, Safety, Verdict
 from .state import TrainingState
@@ -211,7 +211,10 @@ class Trainer:
             self._observing.close()
             self._window.clear()
             self._trained_by = None
-            self.controller.drain()  # what was asked for meanwhile is not left waiting
+            if reason == "done":
+                self.controller.drain()  # what was asked for meanwhile is not left waiting
+            else:
+                self.controller.dismiss(TrainingError(f"Trainer: training ended within a step: {reason}. Ask again."))
             self._emit(RunEnded(self.state.step, time.time(), reason))
             self.monitor.flush()
         return self.state
@@ -327,7 +330,14 @@ class Trainer:
     def _before_change(self, step: Step) -> None:
         if self._watch is None:
             return
+        known_as_too_large = self._watch.too_large is not None
         taken = self._watch.before_change(self.state)
+        if self._watch.too_large is not None and not known_as_too_large:
+            LOGGER.warning(
+                "no snapshot: it would take %s bytes, of at most %s (Governor(max_bytes=)); changes are not taken back from here on",
+                f"{self._watch.too_large:,}",
+                f"{self._watch.governor.max_bytes:,}",
+            )
         if taken is not None:
             self._emit(SnapshotTaken(self.state.step, time.time(), taken.milliseconds, taken.bytes))
 
