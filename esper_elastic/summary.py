@@ -132,7 +132,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     known = dims(model)
     held = _held_tensors(model)
     parameters = [tensor for tensor in held if isinstance(tensor.tensor, nn.Parameter)]
-    active = parameters_in_use(model)
+    active = sum(tensor.active for tensor in parameters)
     multiply_adds, active_multiply_adds, not_counted = None, None, "no example inputs were given, as in summary(model, torch.randn(...))."
     if example_inputs is None:
         example_inputs = example_of(model)

@@ -79,6 +79,22 @@ class Data:
         return 100 * right / len(labels)
 
 
+def fit(trainer: Trainer, run: Run, data: Data, seed: int, batch_size: int, steps: int, evaluations: int) -> Run:
+    """Train, and take up what became of it: accuracy over the steps and at the end, sizes, decisions."""
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        percent = data.accuracy(model, 2000)
+        run.curve.append((trainer.state.step, percent))
+        return {"accuracy": percent}
+
+    every = max(1, steps // evaluations)
+    trainer.fit(data.epochs(batch_size, seed), steps=steps, evaluate=evaluate, evaluate_every=every)
+    run.accuracy = data.accuracy(trainer.model)
+    run.sizes.append((steps, run.sizes[-1][1]))
+    run.note(trainer)
+    return run
+
+
 def arguments(description: str, out: str) -> argparse.Namespace:
     """The command line of an example."""
     parser = argparse.ArgumentParser(description=description)

@@ -54,15 +54,6 @@ def train(label: str, model: nn.Module, data: common.Data, seed: int, steps: int
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.3, cycle_momentum=False)
     sources = [*settings.pop("sources", ()), Work(torch.zeros(1, 1, 28, 28), run)]
     trainer = Trainer(model, optimizer, F.cross_entropy, schedulers=schedule, sources=sources, **settings)
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        percent = data.accuracy(model, 2000)
-        run.curve.append((trainer.state.step, percent))
-        return {"accuracy": percent}
-
-    trainer.fit(data.epochs(BATCH, seed), steps=steps, evaluate=evaluate, evaluate_every=max(1, steps // 22))
-    run.accuracy = data.accuracy(model)
-    run.sizes.append((steps, run.sizes[-1][1]))
-    run.note(trainer)
+    common.fit(trainer, run, data, seed, BATCH, steps, 22)
     print(f"seed {seed}  {label:<28} {run.accuracy:6.2f} %  {run.multiply_adds / 1e12:.3f} T multiply-adds", flush=True)
     return run

@@ -60,16 +60,7 @@ def train(label: str, data: common.Data, seed: int, steps: int, policies: list[o
         clip_norm=1.0,
         directory=directory,  # type: ignore[arg-type]
     )
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        percent = data.accuracy(model, 2000)
-        run.curve.append((trainer.state.step, percent))
-        return {"accuracy": percent}
-
-    trainer.fit(data.epochs(BATCH, seed), steps=steps, evaluate=evaluate, evaluate_every=max(1, steps // 24))
-    run.accuracy = data.accuracy(model)
-    run.sizes.append((steps, run.sizes[-1][1]))
-    run.note(trainer)
+    common.fit(trainer, run, data, seed, BATCH, steps, 24)
     print(f"seed {seed}  {label:<28} {run.accuracy:6.2f} %", flush=True)
     return run
 

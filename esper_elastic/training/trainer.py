@@ -79,7 +79,7 @@ class Trainer:
         monitor: that has the events.
 
     A step: forward, backward, as often as gradients accumulate; clipping, optimizer, scaler, schedulers, average. Then the boundary:
-    decisions are taken and carried out, the governor looks at the loss, a checkpoint is written. Nothing changes in between.
+    the governor looks at the loss, decisions are taken and carried out, a checkpoint is written. Nothing changes in between.
     """
 
     def __init__(
