@@ -14,7 +14,7 @@ from zoo import AWKWARD, BIG, MODELS, Case
 
 import esper_elastic as ee
 from esper_elastic.errors import SurgeryError
-from esper_elastic.surgery.trial import recording, shapes, trial
+from esper_elastic.surgery.trial import recording, trial
 from esper_elastic.surgery.trial.inputs import known_inputs
 from esper_elastic.surgery.trial.memory import memory_of, stamp_of
 from esper_elastic.surgery.trial.recording import attempt
@@ -78,6 +78,54 @@ def test_rules_give_what_torch_gives(name, training, monkeypatch):
     precise = record(model, args, kwargs)
     assert described(quick) == described(precise)
     assert quick.used == precise.used
+
+
+CONVOLUTION, LINEAR, NORM = "convolution.default", "linear.default", "layer_norm.default"
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "training", "wanted"),
+    [
+        ("resnet_basic", "compact", True, {CONVOLUTION, "batch_norm.default", LINEAR}),
+        ("resnet_basic", "compact", False, {CONVOLUTION, "batch_norm_eval.default", LINEAR}),
+        ("resnet_basic", "static", True, {CONVOLUTION, "batch_norm.default", LINEAR}),
+        ("unet", "compact", True, {CONVOLUTION, "batch_norm.default"}),
+        ("mobilenet_v3", "compact", False, {CONVOLUTION, "batch_norm_eval.default", LINEAR}),
+        ("convnext", "compact", True, {CONVOLUTION, LINEAR, NORM}),
+        ("gpt2", "compact", True, {LINEAR}),
+        ("vit_multihead", "static", False, {LINEAR, NORM}),
+    ],
+)
+def test_rules_give_what_torch_gives_of_an_elastic_model(name, layout, training, wanted, monkeypatch):
+    case = ALL[name]
+    model = built(case, training)
+    ee.elasticize(model, case.inputs(), capacity=1.5)
+    if layout == "static":
+        ee.set_layout(model, "static")
+    for dim in ee.dims(model).values():
+        if dim.rigid is None:
+            dim.resize(max(dim.minimum, dim.active - dim.multiple_of))
+    asked, (args, kwargs) = set(), as_call(case.inputs())
+    for function, rule in list(recording.RULES.items()):
+        monkeypatch.setitem(recording.RULES, function, noting(asked, function, rule))
+    quick, failure = attempt(model, args, kwargs, explain=False)
+    assert quick is not None, failure
+    monkeypatch.setattr(recording, "RULES", {})
+    precise = record(model, args, kwargs)
+    assert described(quick) == described(precise)
+    assert wanted <= asked
+
+
+def noting(asked: set[str], function, rule):
+    """A rule that notes its function where it says anything."""
+
+    def noted(*args, **kwargs):
+        result = rule(*args, **kwargs)
+        if result is not None:
+            asked.add(function.__name__)
+        return result
+
+    return noted
 
 
 @pytest.mark.parametrize("name", ["resnet_basic", "unet", "mobilenet_v3", "gpt2", "swin", "t5", "lstm", "structured_outputs"])
@@ -166,16 +214,12 @@ def test_what_torch_refuses_is_refused(function):
         record(Net(), (x,))
 
 
-def test_the_rules_are_asked():
+def test_the_rules_are_asked(monkeypatch):
     asked = []
-    known = dict(shapes.RULES)
-    for function, rule in known.items():
-        shapes.RULES[function] = lambda *args, rule=rule, **kwargs: asked.append(rule) or rule(*args, **kwargs)
-    try:
-        case = BIG["resnet50"]
-        assert calls_of(case.build(), case.inputs()) is not None
-    finally:
-        shapes.RULES.update(known)
+    for function, rule in list(recording.RULES.items()):
+        monkeypatch.setitem(recording.RULES, function, lambda *args, rule=rule, **kwargs: asked.append(rule) or rule(*args, **kwargs))
+    case = BIG["resnet50"]
+    assert calls_of(case.build(), case.inputs()) is not None
     assert len(asked) > 150
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from zoo import AWKWARD, MODELS, call
 
-from esper_elastic.convert import trace, verify
+from esper_elastic.convert import lightest, trace, verify
 from esper_elastic.errors import TopologyError
 from esper_elastic.surgery import undo
 from esper_elastic.surgery.widths import alone
@@ -770,6 +770,7 @@ def ran(monkeypatch) -> list[str]:
         return trace.run(module, example, **given)
 
     monkeypatch.setattr(alone, "run", first)
+    monkeypatch.setattr(lightest, "run", first)
     monkeypatch.setattr(verify, "run", other)
     return seen
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
@@ -43,6 +45,21 @@ def native(
     return torch.ops.esper_elastic.convolution.default(batch, weight, bias, *where, *geometry, widths.size(0), not widths.static)
 
 
+def output_size(
+    input: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_padding: Sequence[int] | None = None,
+) -> list[int]:
+    """Height and width that a convolution gives of a batch and a weight of these shapes; transposed if there is an ``output_padding``."""
+    reach = [gap * (kernel - 1) + 1 for gap, kernel in zip(dilation, weight[2:], strict=True)]
+    if output_padding is None:
+        return [(n + 2 * p - r) // s + 1 for n, s, p, r in zip(input[2:], stride, padding, reach, strict=True)]
+    return [(n - 1) * s - 2 * p + r + e for n, s, p, r, e in zip(input[2:], stride, padding, reach, output_padding, strict=True)]
+
+
 if LIBRARY_MISSING is None:
 
     def _format(input: Tensor, weight: Tensor, transposed: bool) -> torch.memory_format:
@@ -53,11 +70,8 @@ if LIBRARY_MISSING is None:
     def _(  # type: ignore[no-untyped-def]
         input, weight, bias, control, slots, stride, padding, dilation, transposed, output_padding, grouped, channels, compact, dtype=None
     ):
-        sizes = [input.shape[0], channels]
-        for axis in (0, 1):
-            size, s, p, extra = input.shape[2 + axis], stride[axis], padding[axis], output_padding[axis]
-            reach = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
-            sizes.append((size - 1) * s - 2 * p + reach + extra if transposed else (size + 2 * p - reach) // s + 1)
+        size = output_size(input.shape, weight.shape, stride, padding, dilation, output_padding if transposed else None)
+        sizes = (input.shape[0], channels, *size)
         return torch.empty(sizes, dtype=input.dtype, device=input.device, memory_format=_format(input, weight, transposed))
 
     @torch.library.register_fake("esper_elastic::convolution_backward")

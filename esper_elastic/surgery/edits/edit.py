@@ -13,7 +13,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from ...convert.arguments import nearest
-from ...convert.trace import Example, Run, quiet, run
+from ...convert.lightest import lightest_run
+from ...convert.trace import Run, quiet
 from ...errors import ConversionError, TopologyError
 from ...layers import ElasticLayer
 from ..compiled import plain_path
@@ -57,6 +58,7 @@ class Edit:
         self.steps: list[str] = []
         self.warnings: list[str] = []
         self._touched: list[str] = []
+        self._runs: dict[str, Run | None] = {}
 
     # What is there
 
@@ -183,23 +185,20 @@ class Edit:
             call = self.call(around)
         if call is None or not call.repeatable:
             return None
-        example = Example(())
-        example.args, example.kwargs = pytree.tree_map(_stand_in, (call.args, call.kwargs))
-        try:
-            return run(self.module(around) if around else self.model, example)
-        except ConversionError:
-            return None
+        return self._recorded(around, *pytree.tree_map(_stand_in, (call.args, call.kwargs)))
 
     def run_of_all(self, path: str = "") -> Run | None:
         """A recorded run of the model, whichever module it is wanted for, if its inputs are known."""
-        if self.batch is None:
-            return None
-        example = Example(())
-        example.args, example.kwargs = self.batch
-        try:
-            return run(self.model, example, grad=False)
-        except ConversionError:
-            return None
+        return None if self.batch is None else self._recorded("", *self.batch)
+
+    def _recorded(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run | None:
+        """A recorded run of a module as it is, remembered until something is changed; ``None`` where it fails."""
+        if path not in self._runs:
+            try:
+                self._runs[path] = lightest_run(self.module(path) if path else self.model, args, kwargs)[0]
+            except ConversionError:
+                self._runs[path] = None
+        return self._runs[path]
 
     @functools.cached_property
     def batch(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -300,6 +299,7 @@ class Edit:
     def touch(self, *paths: str) -> None:
         """Note modules in which, or in whose calls, something has changed."""
         self._touched.extend(paths)
+        self._runs.clear()
 
     def try_out(self) -> None:
         """Run the smallest module that holds every change, on fake tensors, and those around it until one gives what it gave before.

@@ -29,11 +29,15 @@ from ...convert.restore import generators_kept
 from ...convert.trace import eager, quiet, tensors_in
 from ...errors import SurgeryError
 from .calls import PLAIN, Calls, CallSpec, Failure, TensorSpec, spec_of, specs_of
-from .shapes import RULES, SAME_TYPE, fake_tensor, require_same_type
+from .elastic_shapes import ELASTIC_RULES
+from .shapes import PLAIN_RULES, SAME_TYPE, fake_tensor, require_same_type
 from .twins import Twins, unwrapped
 
 #: Errors that speak of the values that a tensor has not, or of an op that torch cannot run without them.
 UNDECIDED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException)
+
+#: The rule of a function that a run may ask, by the function.
+RULES = PLAIN_RULES | ELASTIC_RULES
 
 _HOLDERS = (nn.ParameterList, nn.ParameterDict)
 _TREES = (list, tuple, dict)

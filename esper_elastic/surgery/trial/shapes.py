@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-Rule = Callable[..., Tensor | None]
+Rule = Callable[..., Tensor | tuple[Tensor, ...] | None]
 
 
 def fake_tensor(
@@ -31,32 +31,32 @@ def fake_tensor(
         return FakeTensor(mode, meta, device)
 
 
-def _like(x: Any, shape: Iterable[int]) -> Tensor:
+def like(x: Any, shape: Iterable[int]) -> Tensor:
     return fake_tensor(x.fake_mode, shape, None, x.dtype, x.device)
 
 
-def _plain(x: Any) -> bool:
+def plain(x: Any) -> bool:
     return type(x) is FakeTensor and x.layout is torch.strided and x.is_contiguous()
 
 
 def _fit(x: Any, *vectors: Any, size: int) -> bool:
     """Whether each vector that is there goes with ``x`` and has ``size`` entries."""
-    return all(v is None or (_alike(x, v) and tuple(v.shape) == (size,)) for v in vectors)
+    return all(v is None or (alike(x, v) and tuple(v.shape) == (size,)) for v in vectors)
 
 
-def _alike(x: Any, y: Any) -> bool:
+def alike(x: Any, y: Any) -> bool:
     return type(y) is FakeTensor and y.dtype == x.dtype and y.device == x.device
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Tensor | None:
-    if not (_plain(x) and x.dim() and _alike(x, weight) and weight.dim() == 2 and weight.shape[1] == x.shape[-1]):
+    if not (plain(x) and x.dim() and alike(x, weight) and weight.dim() == 2 and weight.shape[1] == x.shape[-1]):
         return None
-    return _like(x, (*x.shape[:-1], weight.shape[0])) if _fit(x, bias, size=weight.shape[0]) else None
+    return like(x, (*x.shape[:-1], weight.shape[0])) if _fit(x, bias, size=weight.shape[0]) else None
 
 
 def _convolution(num_axes: int) -> Rule:
     def rule(x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Tensor | None:
-        if not (_plain(x) and x.dim() == num_axes + 2 and _alike(x, weight) and weight.dim() == num_axes + 2 and weight.is_contiguous()):
+        if not (plain(x) and x.dim() == num_axes + 2 and alike(x, weight) and weight.dim() == num_axes + 2 and weight.is_contiguous()):
             return None
         steps, edges, gaps = ((v,) * num_axes if type(v) is int else v for v in (stride, padding, dilation))
         if not all(type(v) is tuple and len(v) == num_axes for v in (steps, edges, gaps)) or min(*steps, *gaps) < 1 or min(edges) < 0:
@@ -65,7 +65,7 @@ def _convolution(num_axes: int) -> Rule:
         if groups < 1 or rows % groups or x.shape[1] != columns * groups or not _fit(x, bias, size=rows):
             return None
         sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(x.shape[2:], edges, gaps, kernel, steps, strict=True)]
-        return _like(x, (x.shape[0], rows, *sizes)) if min(*sizes, *x.shape) > 0 else None
+        return like(x, (x.shape[0], rows, *sizes)) if min(*sizes, *x.shape) > 0 else None
 
     return rule
 
@@ -73,44 +73,44 @@ def _convolution(num_axes: int) -> Rule:
 def _batch_norm(
     x: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False, momentum: Any = 0.1, eps: float = 1e-5
 ) -> Tensor | None:
-    if not (_plain(x) and x.dim() >= 2 and x.numel() and x.is_floating_point() and eps > 0):
+    if not (plain(x) and x.dim() >= 2 and x.numel() and x.is_floating_point() and eps > 0):
         return None
     if (training and x.numel() == x.shape[1]) or (not training and (mean is None or var is None)):
         return None
-    return _like(x, x.shape) if _fit(x, mean, var, weight, bias, size=x.shape[1]) else None
+    return like(x, x.shape) if _fit(x, mean, var, weight, bias, size=x.shape[1]) else None
 
 
 def _layer_norm(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:
     shape = tuple(shape)
-    if not (_plain(x) and shape and x.is_floating_point() and tuple(x.shape[-len(shape) :]) == shape):
+    if not (plain(x) and shape and x.is_floating_point() and tuple(x.shape[-len(shape) :]) == shape):
         return None
-    return _like(x, x.shape) if all(v is None or (_alike(x, v) and tuple(v.shape) == shape) for v in (weight, bias)) else None
+    return like(x, x.shape) if all(v is None or (alike(x, v) and tuple(v.shape) == shape) for v in (weight, bias)) else None
 
 
 def _group_norm(x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor | None:
-    if not (_plain(x) and x.dim() >= 2 and groups > 0 and x.numel() and x.is_floating_point() and x.shape[1] % groups == 0):
+    if not (plain(x) and x.dim() >= 2 and groups > 0 and x.numel() and x.is_floating_point() and x.shape[1] % groups == 0):
         return None
     if x.shape[0] * x.shape[1] // groups * math.prod(x.shape[2:]) <= 1:
         return None
-    return _like(x, x.shape) if _fit(x, weight, bias, size=x.shape[1]) else None
+    return like(x, x.shape) if _fit(x, weight, bias, size=x.shape[1]) else None
 
 
 def _embedding(x: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *args: Any, **kwargs: Any) -> Tensor | None:
-    if not (_plain(x) and x.dtype is torch.int64 and type(weight) is FakeTensor and weight.dim() == 2 and weight.device == x.device):
+    if not (plain(x) and x.dtype is torch.int64 and type(weight) is FakeTensor and weight.dim() == 2 and weight.device == x.device):
         return None
     if max_norm is not None or (padding_idx is not None and not -weight.shape[0] <= padding_idx < weight.shape[0]):
         return None
-    return _like(weight, (*x.shape, weight.shape[1]))
+    return like(weight, (*x.shape, weight.shape[1]))
 
 
 def _activation(x: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    if not (_plain(x) and x.is_floating_point()):
+    if not (plain(x) and x.is_floating_point()):
         return None
-    return x if kwargs.get("inplace") or True in args else _like(x, x.shape)
+    return x if kwargs.get("inplace") or True in args else like(x, x.shape)
 
 
 def _pointwise(x: Any) -> Tensor | None:
-    return _like(x, x.shape) if _plain(x) and x.is_floating_point() else None
+    return like(x, x.shape) if plain(x) and x.is_floating_point() else None
 
 
 def _gelu(x: Any, approximate: str = "none") -> Tensor | None:
@@ -118,14 +118,14 @@ def _gelu(x: Any, approximate: str = "none") -> Tensor | None:
 
 
 def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
-    if not (_plain(x) and x.is_floating_point() and 0.0 <= p <= 1.0):
+    if not (plain(x) and x.is_floating_point() and 0.0 <= p <= 1.0):
         return None
-    return x if inplace else _like(x, x.shape)
+    return x if inplace else like(x, x.shape)
 
 
 def _goes_with(x: Any, y: Any) -> bool:
     """Whether arithmetic of the two gives sizes and type of the first."""
-    if not _plain(x):
+    if not plain(x):
         return False
     if type(y) is FakeTensor:
         return y.dtype == x.dtype and y.device == x.device and y.shape == x.shape and y.is_contiguous()
@@ -133,7 +133,7 @@ def _goes_with(x: Any, y: Any) -> bool:
 
 
 def _arithmetic(x: Any, y: Any) -> Tensor | None:
-    return _like(x, x.shape) if _goes_with(x, y) and (x.is_floating_point()) else None
+    return like(x, x.shape) if _goes_with(x, y) and (x.is_floating_point()) else None
 
 
 def _in_place(x: Any, y: Any) -> Tensor | None:
@@ -166,7 +166,7 @@ SAME_TYPE: frozenset[Any] = frozenset(
 )
 
 #: The rule of a function, by the function.
-RULES: dict[Any, Rule] = {
+PLAIN_RULES: dict[Any, Rule] = {
     F.linear: _linear,
     torch.conv1d: _convolution(1),
     torch.conv2d: _convolution(2),
@@ -178,7 +178,7 @@ RULES: dict[Any, Rule] = {
     F.dropout: _dropout,
     F.gelu: _gelu,
 }
-RULES |= dict.fromkeys((F.relu, F.relu6, F.silu, F.hardswish, F.mish), _activation)
-RULES |= dict.fromkeys(_of_tensors("relu", "sigmoid", "tanh"), _pointwise)
-RULES |= dict.fromkeys(_of_tensors("add", "sub", "mul", "__add__", "__radd__", "__sub__", "__mul__", "__rmul__"), _arithmetic)
-RULES |= dict.fromkeys(_of_tensors("add_", "sub_", "mul_", "__iadd__", "__isub__", "__imul__"), _in_place)
+PLAIN_RULES |= dict.fromkeys((F.relu, F.relu6, F.silu, F.hardswish, F.mish), _activation)
+PLAIN_RULES |= dict.fromkeys(_of_tensors("relu", "sigmoid", "tanh"), _pointwise)
+PLAIN_RULES |= dict.fromkeys(_of_tensors("add", "sub", "mul", "__add__", "__radd__", "__sub__", "__mul__", "__rmul__"), _arithmetic)
+PLAIN_RULES |= dict.fromkeys(_of_tensors("add_", "sub_", "mul_", "__iadd__", "__isub__", "__imul__"), _in_place)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ...convert.comparison import kind
+from ...convert.lightest import lightest_run
 from ...convert.trace import Example, Run, in_mode, run
 from ...convert.verify import Mode
 from ...errors import ConversionError
@@ -74,24 +75,9 @@ class Alone:
             note_alike(module for module, path in evaluation.items() if training.get(module) == path)
 
     def _first(self) -> Run:
-        """A run on meta tensors, or on fake ones where code needs a device."""
-        for fake in (False, True):
-            if fake or _plain.get(self._module, True):
-                self.example = Example(self._arguments.args, fake=fake)
-                self.example.kwargs = self._arguments.kwargs
-                try:
-                    recorded = run(self._module, self.example)
-                except ConversionError:
-                    if fake:
-                        raise
-                    continue
-                _plain[self._module] = not fake
-                return recorded
-        raise AssertionError
+        recorded, self.example = lightest_run(self._module, self._arguments.args, self._arguments.kwargs)
+        return recorded
 
-
-#: Whether a module has run on meta tensors.
-_plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 #: Modules whose own code takes the same path in training as in evaluation, and the settings with which it was seen to do so.
 _alike: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
