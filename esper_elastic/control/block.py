@@ -7,15 +7,16 @@ backward of a graph built before it raises instead of computing something else.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import operator
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import torch
@@ -82,29 +83,18 @@ class ControlBlock:
 
     # Writing
 
-    @contextlib.contextmanager
-    def batch(self) -> Iterator[ControlBlock]:
+    def batch(self) -> AbstractContextManager[ControlBlock]:
         """Stage every change made inside, and publish all of them in one commit at the end; none, if the body raises.
 
         Reading ``active`` inside gives the published value. Batches nest: the outermost one commits, and an inner one whose body raises
         drops what it staged.
+
+        Raises:
+            OwnerError: on entering, the calling thread does not own the block.
         """
-        self._require_owner()
-        if self._batch is not None:
-            values, count = dict(self._batch.values), len(self._batch.prepares)
-            try:
-                yield self
-            except BaseException:
-                self._batch.values.clear()
-                self._batch.values.update(values)
-                del self._batch.prepares[count:]
-                raise
-            return
-        self._batch = batch = _Batch({}, [])
-        try:
-            yield self
-        finally:
-            self._batch = None
+        return _Staging(self)
+
+    def _publish(self, batch: _Batch) -> None:
         if batch.prepares:
             self._require_writable()
         for prepare in batch.prepares:
@@ -297,6 +287,39 @@ class ControlBlock:
 class _Batch(NamedTuple):
     values: dict[Entry, int]
     prepares: list[Callable[[], None]]
+
+
+class _Staging(AbstractContextManager[ControlBlock]):
+    """One ``with block.batch():``, the outermost one or one inside of another."""
+
+    __slots__ = ("_block", "_outer")
+
+    def __init__(self, block: ControlBlock) -> None:
+        self._block = block
+        self._outer: tuple[dict[Entry, int], int] | None = None  # what the batch around held on entering
+
+    def __enter__(self) -> ControlBlock:
+        block = self._block
+        block._require_owner()
+        if block._batch is None:
+            block._batch = _Batch({}, [])
+        else:
+            self._outer = dict(block._batch.values), len(block._batch.prepares)
+        return block
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        block = self._block
+        batch = block._batch
+        assert batch is not None
+        if self._outer is None:
+            block._batch = None
+            if kind is None:
+                block._publish(batch)
+        elif kind is not None:
+            values, count = self._outer
+            batch.values.clear()
+            batch.values.update(values)
+            del batch.prepares[count:]
 
 
 class Entry:

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import DecisionError
 from ..model import known
 from ..surgery import ModelSurgeon
-from ..surgery.edits.holder import Edits
+from ..surgery.edits.holder import edits_inside
 from ..surgery.edits.skip import Skip
 from .cost import of_switch
 from .decisions import AdaptationDecision
@@ -49,7 +49,7 @@ def _switch(decision: AdaptationDecision, model: nn.Module, surgeon: ModelSurgeo
             )
         unknown(decision.layer_name, blocks, "block")
     switch, on = blocks[name].switch, decision.adaptation_type == "enable"
-    if not on and any(isinstance(part, Edits) and part.taps for part in blocks[name].inside.modules()):
+    if not on and any(edits.taps for edits in edits_inside(blocks[name].inside)):
         _require_no_skip_out(decision, name, model)
 
     def carry_out() -> dict[str, Any]:

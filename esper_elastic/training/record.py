@@ -1,19 +1,23 @@
-"""The record of a run's decisions: results become events, and what a change did to loss and step time is said some steps after it."""
+"""The record of a run: how training goes, what becomes of decisions, and some steps after a change what it did to loss and step time."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
+import platform
 import statistics
 import time
 from collections import deque
 from typing import Any
 
+import torch
+
 from ..model import known
+from ..summary import parameters_in_use
 from .controller import AdaptationResult, Request
 from .decisions import AdaptationDecision
-from .events import Applied, Effect, Event, Refused, Requested, RolledBack
+from .events import Applied, Effect, Event, Progress, Refused, Requested, RolledBack, RunStarted
 from .monitor import Monitor
 from .state import TrainingState
 
@@ -25,12 +29,10 @@ STEPS = 20
 class _Change:
     request: int
     step: int
-    loss: float
-    step_ms: float
 
 
 class Record:
-    """Tells a monitor what becomes of requests.
+    """Tells a monitor how training goes, and what becomes of requests.
 
     Args:
         monitor: that is told.
@@ -41,6 +43,29 @@ class Record:
         self.monitor = monitor
         self.state = state
         self._changes: deque[_Change] = deque()
+        self._parameters: int | None = None  # in use, while they stay as they are
+
+    def started(self, settings: dict[str, Any]) -> None:
+        """A run begins."""
+        model = self.state.model
+        widths = {name: dim.active for name, dim in known(model)[0].items()}
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        name = type(model).__name__
+        self.monitor.emit(RunStarted(self.state.step, time.time(), name, self._count(), None, widths, settings, versions))
+
+    def progress(self, count: int) -> None:
+        """Tell how the last ``count`` steps went."""
+        state: Any = self.state
+        losses = list(itertools.islice(reversed(state.losses), count))
+        seconds = list(itertools.islice(reversed(state.step_seconds), count))
+        mean, took = math.fsum(losses) / max(len(losses), 1), 1e3 * math.fsum(seconds) / max(len(seconds), 1)
+        self.monitor.emit(Progress(state.step, time.time(), mean, took, float(state.optimizer.param_groups[0]["lr"]), self._count()))
+
+    def _count(self) -> int:
+        """Parameters in use; counted when they may have changed."""
+        if self._parameters is None:
+            self._parameters = parameters_in_use(self.state.model)
+        return self._parameters
 
     def requested(self, request: Request, decisions: tuple[AdaptationDecision, ...]) -> None:
         """A request was taken up and could be read."""
@@ -51,6 +76,7 @@ class Record:
         """A request was carried out, refused or undone."""
         step, now = self.state.step, time.time()
         if result:
+            self._parameters = None
             assert result.mechanism is not None
             everything = result.mechanism == "surgery"
             widths = {name: dim.active for name, dim in known(self.state.model)[0].items()} if everything else {}
@@ -72,7 +98,7 @@ class Record:
                         None,
                     )
                 )
-            self._changes.append(_Change(result.request, step, *self._recent()))
+            self._changes.append(_Change(result.request, step))
             return
         kind = result.decisions[0].adaptation_type if result.decisions else "?"
         name = result.decisions[0].layer_name if result.decisions else None
@@ -87,17 +113,19 @@ class Record:
         """Say of changes that are some steps old what they did."""
         while self._changes and self.state.step >= self._changes[0].step + STEPS:
             change = self._changes.popleft()
-            loss, step_ms = self._recent()
-            self.monitor.emit(Effect(self.state.step, time.time(), change.request, change.loss, loss, change.step_ms, step_ms))
+            ago = self.state.step - change.step
+            (loss_before, ms_before), (loss, ms) = self._mean_of_steps(ago), self._mean_of_steps(0)
+            self.monitor.emit(Effect(self.state.step, time.time(), change.request, loss_before, loss, ms_before, ms))
 
     def forget(self) -> None:
         """Say nothing of the changes so far: they were taken back."""
         self._changes.clear()
+        self._parameters = None
 
-    def _recent(self) -> tuple[float, float]:
-        """Mean loss and median time in milliseconds of the last steps."""
-        losses = list(itertools.islice(reversed(self.state.losses), STEPS))
-        seconds = list(itertools.islice(reversed(self.state.step_seconds), STEPS))
+    def _mean_of_steps(self, ago: int) -> tuple[float, float]:
+        """Mean loss and median time in milliseconds of the steps up to that many ago; NaN where none is remembered."""
+        losses = list(itertools.islice(reversed(self.state.losses), ago, ago + STEPS))
+        seconds = list(itertools.islice(reversed(self.state.step_seconds), ago, ago + STEPS))
         return (
             statistics.fmean(losses) if losses else math.nan,
             1e3 * statistics.median(seconds) if seconds else math.nan,
@@ -110,3 +138,4 @@ class Record:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
         self._changes = deque(_Change(**change) for change in state["changes"])
+        self._parameters = None

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import math
 import os
-import platform
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import growth, optim
+from .. import growth
 from ..convert.restore import generators_kept
 from ..errors import TrainingError
 from ..model import known
-from ..summary import parameters_in_use
 from ..surgery import ModelSurgeon
 from ..surgery.trial.twins import unwrapped
 from . import checkpoints, resumption
@@ -36,7 +32,7 @@ from .bar import bar
 from .controller import AdaptationResult, Controller
 from .decisions import DecisionSource, name_of
 from .epochs import Batches, Epochs
-from .events import Evaluated, Event, Progress, Restored, Resumed, RunEnded, RunStarted, Saved, SnapshotTaken
+from .events import Evaluated, Event, Restored, Resumed, RunEnded, Saved, SnapshotTaken
 from .governor import Governor, Watch
 from .inputs import inputs_of_shape, runs_on
 from .mechanisms import Step
@@ -44,6 +40,7 @@ from .monitor import LOGGER, Monitor
 from .record import Record
 from .safety import Guardian, Safety, Verdict
 from .state import TrainingState
+from .update import Update
 
 Loss = Callable[[Any, Any], Tensor]
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
@@ -75,6 +72,7 @@ class Trainer:
 
     Attributes:
         state: where the run stands.
+        update: what makes a step, with its settings.
         controller: that takes decisions.
         monitor: that has the events.
 
@@ -119,9 +117,6 @@ class Trainer:
         self.schedulers = list(schedulers) if isinstance(schedulers, list | tuple) else [schedulers]
         self.scaler = scaler
         self.ema = ema
-        self.autocast = autocast
-        self.accumulate = accumulate
-        self.clip_norm = clip_norm
         self.sources = list(sources)
         self.directory = None if directory is None else Path(directory)
         self.checkpoint_every = checkpoint_every
@@ -145,10 +140,19 @@ class Trainer:
         self._watch = None if governor is None else Watch(governor, [optimizer, *self.schedulers, scaler, ema])
         self._average = None if ema is None else Average(root, ema)
         self._save_due = False
-        self._window: list[Tensor] = []
+        self.update = Update(
+            model,
+            optimizer,
+            lambda batch: self.compute_loss(batch),
+            schedulers=self.schedulers,
+            scaler=scaler,
+            ema=ema,
+            autocast=autocast,
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+        )
         self._observing = contextlib.ExitStack()
         self._epochs = Epochs(self.state)
-        self._parameters = self.controller.guardian.active
         self._evaluated = -1
         self._inside = self._started = False
         self._trained_by: int | None = None
@@ -209,7 +213,7 @@ class Trainer:
         finally:
             self._inside = False
             self._observing.close()
-            self._window.clear()
+            self.update.clear()
             self._trained_by = None
             if reason == "done":
                 self.controller.drain()  # what was asked for meanwhile is not left waiting
@@ -228,26 +232,17 @@ class Trainer:
 
     def _step(self, batch: Any) -> bool:
         """Forward and backward of one batch; the step of the optimizer if the window is full. Returns whether it was."""
-        if not self._window:
-            self._begun = time.perf_counter()
+        if self.update.empty:
             self._observe()
-            self.optimizer.zero_grad()  # type: ignore[union-attr]  # what is left of the last step was there for those who decide
         self._inside = True
-        with torch.autocast(_device_of(self.model), self.autocast) if self.autocast is not None else contextlib.nullcontext():
-            loss = self.compute_loss(batch)
-        part = loss / self.accumulate if self.accumulate > 1 else loss
-        (self.scaler.scale(part) if self.scaler is not None else part).backward()
-        self._window.append(loss.detach())
-        if len(self._window) < self.accumulate:
+        if not self.update.add(batch):
             return False
         self._observing.close()
-        self._step_optimizer()
         state = self.state
+        state.loss, seconds = self.update.step()
         state.step += 1
-        state.loss = math.fsum(float(each) for each in self._window) / len(self._window)
-        self._window.clear()
         state.losses.append(state.loss)
-        state.step_seconds.append(time.perf_counter() - self._begun)
+        state.step_seconds.append(seconds)
         self._inside = False
         return True
 
@@ -257,22 +252,6 @@ class Trainer:
         wanted = {source.observes(self.state) for source in self.sources if hasattr(source, "observes")} - {None}
         if wanted:
             self.state.observed = self._observing.enter_context(growth.observe(self._root, gradmax="gradmax" in wanted))
-
-    def _step_optimizer(self) -> None:
-        optimizer: Any = self.optimizer
-        if self.clip_norm is not None:
-            if self.scaler is not None:
-                self.scaler.unscale_(optimizer)
-            _clip(self.model, optimizer, self.clip_norm)
-        if self.scaler is not None:
-            self.scaler.step(optimizer)
-            self.scaler.update()
-        else:
-            optimizer.step()
-        for scheduler in self.schedulers:
-            scheduler.step()
-        if hasattr(self.ema, "update_parameters"):
-            self.ema.update_parameters(self.model)
 
     # The boundary
 
@@ -289,7 +268,7 @@ class Trainer:
             controller.drain()
         self.record.stepped()
         if state.step % self.report_every == 0:
-            self._report()
+            self.record.progress(self.report_every)
         if evaluate is not None and evaluate_every is not None and state.step % evaluate_every == 0:
             self._evaluate(evaluate)
         if self.checkpoint_every is not None:
@@ -321,7 +300,6 @@ class Trainer:
             return
         snapshot, request = restored
         self.record.forget()
-        self._parameters = -1
         self.controller.guardian.recount(self._root)
         if self._average is not None:
             self._average.refresh()
@@ -343,7 +321,6 @@ class Trainer:
 
     def _done(self, result: AdaptationResult) -> None:
         if result:
-            self._parameters = -1
             if self._average is not None:
                 self._take_along(self._average, result)
             if self._watch is not None:
@@ -361,18 +338,6 @@ class Trainer:
         average.follow_widths()
         if any(decision.adaptation_type in ("grow", "prune") for decision in result.decisions):
             average.take_buffers()
-
-    def _report(self) -> None:
-        state = self.state
-        count = min(self.report_every, len(state.losses))
-        losses = list(itertools.islice(reversed(state.losses), count))
-        seconds = list(itertools.islice(reversed(state.step_seconds), count))
-        rate = float(self.optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
-        self._emit(
-            Progress(
-                state.step, time.time(), math.fsum(losses) / count, 1e3 * math.fsum(seconds) / max(len(seconds), 1), rate, self._count()
-            )
-        )
 
     # Decisions
 
@@ -473,7 +438,7 @@ class Trainer:
         if found is None:
             return False
         resumption.resume(self, found, modules)
-        self._parameters, self._started = -1, True
+        self._started = True
         if self._average is not None:
             self._average.refresh()
         self._emit(Resumed(self.state.step, time.time(), found.name))
@@ -507,32 +472,9 @@ class Trainer:
         if self._started:
             return
         self._started = True
-        widths = {name: dim.active for name, dim in known(self._root)[0].items()}
-        settings = {
-            "accumulate": self.accumulate,
-            "optimizer": type(self.optimizer).__name__,
-            "sources": [name_of(source) for source in self.sources],
-        }
-        settings["safety"] = {name: value for name, value in vars(self.controller.guardian.limits).items() if name != "allowed"}
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        self._emit(RunStarted(self.state.step, time.time(), type(self._root).__name__, self._count(), None, widths, settings, versions))
-
-    def _count(self) -> int:
-        """Parameters in use; counted when they may have changed."""
-        if self._parameters < 0:
-            self._parameters = parameters_in_use(self._root)
-        return self._parameters
+        limits = {name: value for name, value in vars(self.controller.guardian.limits).items() if name != "allowed"}
+        optimizer, sources = type(self.optimizer).__name__, [name_of(source) for source in self.sources]
+        self.record.started({"accumulate": self.update.accumulate, "optimizer": optimizer, "sources": sources, "safety": limits})
 
     def _emit(self, event: Event) -> None:
         self.monitor.emit(event)
-
-
-def _device_of(model: nn.Module) -> str:
-    parameter = next(model.parameters(), None)
-    return "cpu" if parameter is None else parameter.device.type
-
-
-def _clip(model: nn.Module, optimizer: Any, norm: float) -> None:
-    """Clip what is active: dormant gradients have no norm."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    optim.clip_grad_norm_(parameters, norm)

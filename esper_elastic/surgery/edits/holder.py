@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -175,3 +175,13 @@ def _map_first(function: Callable[[Tensor], Tensor], result: Any) -> Any:
             if made is not None:
                 return dataclasses.replace(result, **{field.name: made})
     return None
+
+
+def edits_inside(module: nn.Module) -> Iterator[Edits]:
+    """What was inserted at a module and at those inside of it; quicker than ``modules()``, since nobody is asked for a name."""
+    waiting: list[Any] = [module]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Edits):
+            yield part
+        waiting += [child for child in part._modules.values() if child is not None]

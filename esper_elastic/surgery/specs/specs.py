@@ -193,9 +193,9 @@ def items_of(content: Any, where: str, what: str) -> dict[str, Any]:
     if not issubclass(type(content), dict):
         raise SurgeryError(f"{where}: {what}: expected a dict, got {shown(content)}.")
     pairs = list(dict.items(content))
-    strange = next((key for key, _ in pairs if type(key) is not str), None)
-    if any(type(key) is not str for key, _ in pairs):
-        raise SurgeryError(f"{where}: {what}: expected names for keys, got {shown(strange)}.")
+    strange = [key for key, _ in pairs if type(key) is not str]
+    if strange:
+        raise SurgeryError(f"{where}: {what}: expected names for keys, got {shown(strange[0])}.")
     return dict(pairs)
 
 
