@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import esper_elastic as ee
 from esper_elastic import cli, demo
 from esper_elastic.datasets import ImageData
-from esper_elastic.demo import capacity, data, network, train
+from esper_elastic.demo import capacity, data, network, plan, train
 from esper_elastic.errors import ElasticError
-from esper_elastic.training import AdaptationDecision, plateau
+from esper_elastic.training import AdaptationDecision
+from esper_elastic.training.policies import plateau
 
 picture = pytest.importorskip("esper_elastic.demo.picture", reason="needs matplotlib", exc_type=ImportError)
 report = pytest.importorskip("esper_elastic.demo.report", reason="needs rich", exc_type=ImportError)
@@ -92,8 +93,8 @@ def test_a_stall_is_explained_by_its_numbers() -> None:
 
 
 def test_planned_changes_come_in_order_within_their_bounds() -> None:
-    planned = [plateau.Planned("first", 5, 20), plateau.Planned("second", 6, 12)]
-    schedule = plateau.Schedule(planned, plateau.PlateauDetector(window=2))
+    planned = [plan.Planned("first", 5, 20), plan.Planned("second", 6, 12)]
+    schedule = plan.Schedule(planned, plateau.PlateauDetector(window=2))
     seen = {}
     for step in range(30):
         if due := schedule.due(step):

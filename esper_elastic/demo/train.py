@@ -17,10 +17,11 @@ from torch.nn import functional as F
 import esper_elastic as ee
 
 from ..training import Governor, Trainer, TrainingState
-from ..training.plateau import Planned, PlateauDetector, Schedule
+from ..training.policies.plateau import PlateauDetector
 from .capacity import Dial, Event, no_more_memory
 from .data import Images, accuracy
 from .network import Network, Widths, elastic_network, placed, plain_network
+from .plan import Planned, Schedule
 
 SMALL = Widths(stem=6, stage1=8, stage2=16, inner=32, block=False)
 LARGE = Widths(stem=12, stage1=24, stage2=48, inner=32, block=True)
