@@ -251,6 +251,27 @@ def test_decisions_come_from_a_file_that_another_process_writes(tmp_path: Path) 
     assert [(event.step, event.by) for event in run.monitor.events if isinstance(event, Refused)] == [(4, "decision")]
 
 
+def test_a_file_that_is_begun_anew_is_read_from_its_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    source, state = DecisionFile(path), TrainingState(torch.nn.Linear(1, 1), None)
+    path.write_text('{"adaptation_type": "resize", "layer_name": "a", "parameters": {"width": 1000}}\n')
+    assert [each["layer_name"] for each in source.decisions(state)] == ["a"]
+    path.write_text('{"adaptation_type": "enable", "layer_name": "b"}\n')
+    assert [each["layer_name"] for each in source.decisions(state)] == ["b"]
+    assert list(source.decisions(state)) == []
+
+
+def test_of_decisions_that_vanish_together_each_is_counted(tmp_path: Path) -> None:
+    run = trainer()
+    run.apply_architecture_modification(
+        run.model,
+        [{"adaptation_type": "resize", "layer_name": "conv1", "parameters": {"width": 5}}, {"adaptation_type": "grow", "layer_name": "?"}],
+    )
+    refused = [(event.adaptation_type, event.layer_name) for event in run.monitor.events if isinstance(event, Refused)]
+    assert refused == [("resize", "conv1"), ("grow", "?")]
+    assert all(run.monitor.counts[kind]["requested"] == run.monitor.counts[kind]["refused"] == 1 for kind in ("resize", "grow"))
+
+
 # Checkpoints
 
 

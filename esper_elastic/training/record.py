@@ -100,14 +100,14 @@ class Record:
                 )
             self._changes.append(_Change(result.request, step))
             return
-        kind = result.decisions[0].adaptation_type if result.decisions else "?"
-        name = result.decisions[0].layer_name if result.decisions else None
-        event: Event
-        if result.undone:
-            event = RolledBack(step, now, result.request, kind, name, result.milliseconds, str(result.error))
-        else:
-            event = Refused(step, now, result.request, kind, name, result.verdict.factor, str(result.error))
-        self.monitor.emit(event)
+        said = [(decision.adaptation_type, decision.layer_name) for decision in result.decisions] or [("?", None)]
+        for kind, name in said:
+            event: Event
+            if result.undone:
+                event = RolledBack(step, now, result.request, kind, name, result.milliseconds, str(result.error))
+            else:
+                event = Refused(step, now, result.request, kind, name, result.verdict.factor, str(result.error))
+            self.monitor.emit(event)
 
     def stepped(self) -> None:
         """Say of changes that are some steps old what they did."""

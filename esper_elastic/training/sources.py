@@ -15,7 +15,8 @@ class DecisionFile:
     """Reads decisions from a file, a line each: an object with the fields of a decision, or a list of them that belong together.
 
     An object may have ``"step"``, before which it is not due. A line is read once, when it is complete; a file that is not there yet is
-    waited for. What is wrong with a line is refused and recorded like any decision that is.
+    waited for, and one that has become shorter is read from its beginning. What is wrong with a line is refused and recorded like any
+    decision that is.
 
     Args:
         path: of the file.
@@ -50,7 +51,9 @@ class DecisionFile:
             size = os.stat(self.path).st_size
         except OSError:
             return
-        if size <= self._position:
+        if size < self._position:
+            self._position = 0
+        if size == self._position:
             return
         with self.path.open("rb") as file:
             file.seek(self._position)
