@@ -1,6 +1,7 @@
 """Progressive growth: a network that starts at half its widths and grows when its loss stalls, beside one that is large from the start.
 
-Run ``make example-grow``. Steps and batches are the same; what growth saves is counted in multiply-adds, forward and backward.
+Run ``make example-grow``. Steps, batches and learning rates are the same; what growth saves is counted in multiply-adds, forward and
+backward. The learning rate stays where it is until the network has long been at its full size: units that come when it falls learn little.
 """
 
 from __future__ import annotations
@@ -9,13 +10,24 @@ import shutil
 
 import common
 import torch
-from networks import LARGE, STEPS, network, train
+from networks import network, train
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import esper_elastic as ee
 from esper_elastic.training import Governor, GrowOnPlateau, Safety, When
 
+STEPS, RATE = 3000, 0.01
+LARGE = (24, 48, 72)
 #: The first step at which it may grow, and the steps between one growth and the next, as shares of all.
-FIRST, BETWEEN = 0.3, 0.2
+FIRST, BETWEEN = 0.2, 0.35
+#: The shares of the steps after which the learning rate has risen, and begins to fall.
+RISEN, FALLS = 0.05, 0.75
+
+
+def steady(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """A learning rate that rises, stays, and falls to zero at the end."""
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (RISEN * steps), max(0.0, steps - step) / ((1 - FALLS) * steps)))
 
 
 def main() -> None:
@@ -25,20 +37,22 @@ def main() -> None:
     pairs = []
     for seed in range(given.seeds):
         torch.manual_seed(seed)
-        large = train("large from the start", network(LARGE), data, seed, steps)
+        large = train("large from the start", network(LARGE), data, seed, steps, RATE, steady)
         torch.manual_seed(seed)
         small = ee.elasticize(network(tuple(width // 2 for width in LARGE)), torch.zeros(2, 1, 28, 28), capacity=2.0)
         directory = given.out if seed == 0 else None
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
-        policy = When(GrowOnPlateau(factor=1.5, window=max(2, steps // 55), min_improvement=0.08), first=round(FIRST * steps))
+        policy = GrowOnPlateau(factor=1.5, window=max(2, steps // 55), min_improvement=0.08, parameters={"init": "split"})
         grown = train(
             "grown from half the widths",
             small,
             data,
             seed,
             steps,
-            sources=[policy],
+            RATE,
+            steady,
+            sources=[When(policy, first=round(FIRST * steps))],
             safety=Safety(cooldown_steps=round(BETWEEN * steps)),
             governor=Governor(),
             directory=directory,

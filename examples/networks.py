@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import common
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import esper_elastic as ee
 from esper_elastic.training import Trainer, TrainingState
@@ -47,13 +50,27 @@ class Work:
         return ()
 
 
-def train(label: str, model: nn.Module, data: common.Data, seed: int, steps: int, rate: float = RATE, **settings: Any) -> common.Run:
-    """One training, with the batches and learning rates of the seed."""
+def one_cycle(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Up for three tenths of the steps, and down again."""
+    rate = optimizer.param_groups[0]["lr"]
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.3, cycle_momentum=False)
+
+
+def train(
+    label: str,
+    model: nn.Module,
+    data: common.Data,
+    seed: int,
+    steps: int,
+    rate: float = RATE,
+    schedule: Callable[[Optimizer, int], LRScheduler] = one_cycle,
+    **settings: Any,
+) -> common.Run:
+    """One training, with the batches of the seed."""
     run = common.Run(label)
     optimizer = ee.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.3, cycle_momentum=False)
     sources = [*settings.pop("sources", ()), Work(torch.zeros(1, 1, 28, 28), run)]
-    trainer = Trainer(model, optimizer, F.cross_entropy, schedulers=schedule, sources=sources, **settings)
+    trainer = Trainer(model, optimizer, F.cross_entropy, schedulers=schedule(optimizer, steps), sources=sources, **settings)
     common.fit(trainer, run, data, seed, BATCH, steps, 22)
     print(f"seed {seed}  {label:<28} {run.accuracy:6.2f} %  {run.multiply_adds / 1e12:.3f} T multiply-adds", flush=True)
     return run

@@ -77,6 +77,42 @@ def test_steps_are_those_of_a_loop_by_hand(accumulate: int) -> None:
         assert torch.equal(mine, other)
 
 
+def test_mixed_precision_under_a_scaler_is_that_of_a_loop_by_hand() -> None:
+    """With changes on the way, and a scale so large that the first gradients overflow and their steps are left out."""
+    changes = {8: GROW, 12: ADD, 16: {"adaptation_type": "resize", "layer_name": "conv2", "parameters": {"width": 6}}}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=4)
+    ours = trainer(scaler=scaler, autocast=torch.float16, clip_norm=0.5, decisions=changes)
+    ours.fit(loader(), steps=20)
+    assert len(events(ours, Applied)) == 3
+    theirs = trainer()
+    model, optimizer, (schedule,), ema = theirs.model, theirs.optimizer, theirs.schedulers, theirs.ema
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=4)
+    expected, scales = list[float](), list[float]()
+    while len(expected) < 20:
+        for x, y in loader():
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = nn.functional.cross_entropy(model(x), y)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            ee.optim.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            ema.update_parameters(model)
+            expected.append(loss.item())
+            scales.append(scaler.get_scale())
+            if len(expected) in changes:
+                assert theirs.apply_architecture_modification(model, changes[len(expected)])
+            if len(expected) == 20:
+                break
+    assert scales[0] < 2.0**20 and len(set(scales)) > 2
+    assert losses(ours) == pytest.approx(expected, rel=1e-12)
+    assert ours.scaler.get_scale() == scaler.get_scale()
+    for mine, other in zip(ours.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_nothing_changes_within_a_step() -> None:
     run = trainer(accumulate=2)
     control, seen = ee.control_block(run.model), list[tuple[str, int, int]]()
