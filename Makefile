@@ -26,7 +26,7 @@ GPU_WORKERS ?= 8
 LAYER_TESTS := tests/test_linear.py tests/test_conv2d.py tests/test_batch_norm.py tests/test_layer_norm.py
 KERNEL_TESTS := $(filter-out tests/test_triton_aot.py,$(wildcard tests/test_triton_*.py))
 
-.PHONY: setup build demo demo-seeds example-grow example-prune example-skips test test-slow test-aot test-gpu sanitize-gpu check bench bench-gpu coverage-models docs clean
+.PHONY: setup build demo demo-seeds example-grow example-prune example-skips test test-wide test-slow test-aot test-gpu sanitize-gpu check bench bench-gpu coverage-models docs clean
 
 setup: $(BUILT)
 
@@ -71,7 +71,11 @@ example-grow example-prune example-skips: example-%: $(BUILT)
 	$(RUN) $(PY) examples/$*.py --seeds $(SEEDS)
 
 test: $(BUILT)
-	$(PYTEST) -m "not slow and not aot" tests
+	$(PYTEST) -m "not wide and not slow and not aot" tests
+
+# what `test` leaves out of what CI runs: the same contracts over many models, peers and places
+test-wide: $(BUILT)
+	$(PYTEST) -m "wide and not slow and not aot" tests
 
 # every configuration of every Triton kernel, and csrc/cuda, compiled for GPUs that need not be there; what Triton compiled once comes from its cache
 test-aot: $(BUILT)

@@ -9,6 +9,8 @@ from zoo import MODELS, Case
 
 import esper_elastic as ee
 
+pytestmark = pytest.mark.wide
+
 #: Recurrent layers stay rigid; a graph network mixes nodes by index.
 EXEMPT = ("lstm", "graph_convolution", "graph_attention")
 

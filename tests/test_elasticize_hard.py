@@ -9,6 +9,8 @@ from zoo import AWKWARD, call
 
 import esper_elastic as ee
 
+pytestmark = pytest.mark.wide
+
 DIMS_OF = {
     "module_called_twice": {"first": 24},
     "tied_weights": {"hidden": 40, "back": 24},

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import esper_elastic as ee
 from esper_elastic.layers import ElasticLayer
 
+pytestmark = pytest.mark.wide
+
 CASES = {**zoo.MODELS, **zoo.AWKWARD}
 REFUSED = ("data_dependent",)
 # results that are intermediates as well have capacity size in static layout, those of the exported model have not

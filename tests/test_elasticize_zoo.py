@@ -33,6 +33,8 @@ from esper_elastic.control import Axis
 from esper_elastic.convert.elasticize import plan_of
 from esper_elastic.layers import ElasticBlock
 
+pytestmark = pytest.mark.wide
+
 #: Modules through which a unit passes alone, from what produces it to the weights that look at it.
 SEPARATE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Embedding, nn.PReLU)
 #: Without a dim all of whose places are such modules.

@@ -13,6 +13,8 @@ from zoo import AWKWARD, MODELS, Case, Inputs, call
 import esper_elastic as ee
 from esper_elastic.layers import ElasticLayer
 
+pytestmark = pytest.mark.wide
+
 NAMES = ("resnet_basic", "efficientnet", "unet", "vit", "gpt2", "llama")
 
 

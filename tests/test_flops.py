@@ -162,6 +162,7 @@ print(counter.get_total_flops())
 """
 
 
+@pytest.mark.wide
 @needs_library
 @pytest.mark.parametrize("order", ORDERS)
 def test_formulas_are_there_whenever_the_counter_was_imported(order: str) -> None:

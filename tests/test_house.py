@@ -194,6 +194,7 @@ def test_version_is_one():
     assert declared[1] == esper_elastic.__version__
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("compiler", "source", "reason"),
     [

@@ -19,6 +19,8 @@ from zoo import MODELS, Case, Inputs, call
 import esper_elastic as ee
 from esper_elastic.control import Axis
 
+pytestmark = pytest.mark.wide
+
 #: Enough for every group of the zoo's models a hundred times over.
 SECONDS = 5.0
 

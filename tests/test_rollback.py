@@ -29,6 +29,8 @@ from esper_elastic.layers.state import JOURNAL, call_under_way
 from esper_elastic.surgery import undo
 from esper_elastic.surgery.edits.holder import Edits
 
+pytestmark = pytest.mark.wide
+
 FAMILIES = [name for name in EDITS if name != "tiny"]
 
 

@@ -399,6 +399,7 @@ def hostile_spec(rng: random.Random) -> Any:
     return content
 
 
+@pytest.mark.wide
 @pytest.mark.filterwarnings("ignore")
 def test_a_hundred_thousand_hostile_specs(monkeypatch):
     monkeypatch.setattr(specs, "BUDGET", 10**4)

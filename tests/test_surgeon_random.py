@@ -12,6 +12,8 @@ from zoo import AWKWARD, MODELS, call, floating_leaves
 
 import esper_elastic as ee
 
+pytestmark = pytest.mark.wide
+
 EXACT = 1e-12
 CASES = MODELS | AWKWARD
 OPERATIONS = ("add", "widen", "skip", "remove", "units", "kernel", "bias")

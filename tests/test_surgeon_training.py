@@ -10,6 +10,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import esper_elastic as ee
 
+pytestmark = pytest.mark.wide
+
 EDITS = {
     "add": lambda hand, model: hand.add_layer(model, "after_conv1", nn.BatchNorm2d(8)),
     "add_wider": lambda hand, model: hand.add_layer(model, "after_conv2", nn.Conv2d(12, 20, 3, padding=1)),

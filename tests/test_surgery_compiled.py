@@ -14,6 +14,8 @@ import esper_elastic as ee
 from esper_elastic.errors import TopologyError
 from esper_elastic.surgery import compiled
 
+pytestmark = pytest.mark.wide
+
 Model = Callable[[Tensor], Tensor]
 
 

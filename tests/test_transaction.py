@@ -124,6 +124,7 @@ def assert_rolled_back_at(name: str, persistent: bool, stride: int) -> None:
     assert_twin(scene, twin)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("persistent", [False, True], ids=["once", "persistently"])
 @pytest.mark.parametrize("name", SCENES)
 def test_an_interrupt_at_any_line_leaves_no_trace(name, persistent):

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from zoo import AWKWARD, BIG, MODELS, Case, Inputs
 
+pytestmark = pytest.mark.wide
+
 
 def built(case: Case) -> nn.Module:
     torch.manual_seed(0)
