@@ -18,6 +18,7 @@ from esper_elastic.convert import PLAN
 from esper_elastic.convert.trace import Example, run
 from esper_elastic.errors import CapacityError, GenerationError, OptimizerError, SurgeryError, TopologyError
 from esper_elastic.layers import registry
+from esper_elastic.surgery.edits.edit import Edit
 from esper_elastic.surgery.edits.edited import edits_of, set_removed
 from esper_elastic.surgery.edits.holder import gate_name
 from esper_elastic.surgery.elastic import elastic
@@ -436,6 +437,14 @@ def test_axes_of_blocks_activations_and_sums():
     assert axes_at(model, "layer2", "in") is model.conv1.out_dim
     assert axes_at(model, "avgpool", "out").segments == model.fc.in_dim.segments
     assert axes_at(model, "layer2.0.relu", "out") is None, "called twice, over two dims"
+
+
+def test_a_run_is_recorded_once_until_something_changes():
+    edit = Edit(*case_of("resnet_basic"))
+    found = edit.run_around("layer1.0.conv1")
+    assert found is not None and edit.run_around("layer1.0.conv2") is found and edit.run_around("layer1.0") is not found
+    edit.touch("layer1.0")
+    assert edit.run_around("layer1.0.conv1") is not found
 
 
 def test_axes_without_inputs_are_what_layers_say():

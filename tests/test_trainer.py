@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -22,7 +23,7 @@ from training_nets import SPEC, Net, loader, losses, net, trainer
 import esper_elastic as ee
 from esper_elastic.errors import CheckpointError, ElasticError, TrainingError
 from esper_elastic.training import Governor, Trainer, checkpoints
-from esper_elastic.training.events import Applied, Effect, Evaluated, Refused, Requested, Resumed, Saved
+from esper_elastic.training.events import Applied, Effect, Evaluated, Progress, Refused, Requested, Resumed, Saved
 
 GROW = {"adaptation_type": "grow", "layer_name": "conv1", "parameters": {"width": 12}}
 ADD = {"adaptation_type": "add_layer", "position": "after_conv2", "layer_spec": SPEC}
@@ -267,6 +268,17 @@ def test_the_whole_path_from_a_policy_to_the_story_of_the_run(tmp_path: Path) ->
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
     assert len(lines) == len(run.monitor.events)
     assert losses(run)[-1] < losses(run)[0]
+
+
+def test_the_record_tells_losses_before_and_after_a_change_and_counts_parameters_anew() -> None:
+    run = trainer(decisions={25: GROW})
+    run.fit(loader(), steps=50)
+    (effect,) = events(run, Effect)
+    assert effect.step == 45
+    assert effect.loss_before == pytest.approx(statistics.fmean(losses(run)[5:25]))
+    assert effect.loss_after == pytest.approx(statistics.fmean(losses(run)[25:45]))
+    counted = {event.step: event.parameters for event in events(run, Progress)}
+    assert counted[30] == counted[50] == ee.summary(run.model).active_parameters > counted[20] == counted[10]
 
 
 def test_what_is_asked_for_when_training_ends_is_not_left_waiting() -> None:
