@@ -98,14 +98,15 @@ class AdaptationDecision:
             return given
         try:
             fields = {name: given.__dict__[name] for name in _FIELDS} if type(given) is cls else _fields_of(given)
-            decision = cls(**_normal(fields))
+            normal = _normal(fields)
         except DecisionError:
             raise
         except Exception as error:  # of a foreign object's own code
             raise DecisionError(
                 f"decision: expected fields that can be read, got {shown(given)} that raised a {type(error).__name__}."
             ) from error
-        decision.__dict__["_parsed"] = True
+        decision = object.__new__(cls)  # the initialiser of a frozen class takes longer than all checks
+        decision.__dict__.update(normal, _parsed=True)
         return decision
 
     def to_json(self) -> dict[str, Any]:

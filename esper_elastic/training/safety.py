@@ -90,6 +90,10 @@ class Verdict:
         return self.allowed
 
 
+#: What is allowed, by the mechanism that serves it.
+_ALLOWED = {served: Verdict(True, mechanism=served) for served in (None, "metadata", "surgery")}
+
+
 class Guardian:
     """Keeps account of a run's changes and holds decisions against its limits.
 
@@ -116,10 +120,10 @@ class Guardian:
         limits, kind = self.limits, decision.adaptation_type
         if kind not in limits.allowed:
             return Verdict(False, "allowed", f"{kind} is not among what this run allows: {', '.join(sorted(limits.allowed)) or 'nothing'}")
-        for name, value in (("confidence", decision.confidence), ("urgency", decision.urgency)):
-            least = getattr(limits, f"min_{name}")
-            if value < least:
-                return Verdict(False, f"min_{name}", f"{name} {value:.3g} is below {least:.3g}")
+        if decision.confidence < limits.min_confidence:
+            return Verdict(False, "min_confidence", f"confidence {decision.confidence:.3g} is below {limits.min_confidence:.3g}")
+        if decision.urgency < limits.min_urgency:
+            return Verdict(False, "min_urgency", f"urgency {decision.urgency:.3g} is below {limits.min_urgency:.3g}")
         first = limits.topology_from if kind in TOPOLOGY else limits.widths_from
         if step < first:
             return Verdict(
@@ -127,7 +131,7 @@ class Guardian:
             )
         if self._last is not None and step - self._last < limits.cooldown_steps:
             return Verdict(False, "cooldown_steps", f"{step - self._last} of {limits.cooldown_steps} steps since the last change")
-        return Verdict(True)
+        return _ALLOWED[None]
 
     def weigh(self, step_: Step, model: nn.Module, step: int, epoch: int, before: Sequence[Step] = ()) -> Verdict:
         """What can be said of a step: rates, minimum and sizes. Counts in Python integers, before anything is allocated.
@@ -159,7 +163,7 @@ class Guardian:
         if step_.direction > 0 and not (served == "metadata" and self.roomy):
             self.recount(model)
             return self._fits(*step_.cost(), served)
-        return Verdict(True, mechanism=served)
+        return _ALLOWED[served]
 
     @property
     def roomy(self) -> bool:
