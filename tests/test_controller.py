@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from deciding import Scene, conv, decision
-from fingerprint import assert_same
+from fingerprint import assert_same, fingerprint
 from torch import nn
+from training_nets import loader, trainer
 
 import esper_elastic as ee
 from esper_elastic.errors import DecisionError, ElasticError, OwnerError, TrainingError
@@ -55,6 +56,24 @@ def test_several_decisions_succeed_together(case):
     if case == "metadata and metadata":
         assert scene.generation == generation + 1
     scene.train()
+
+
+def test_a_width_grows_beyond_its_capacity_in_the_request_that_removes_a_skip_from_it():
+    """The layers of the skip live on until the request can no longer be undone."""
+    run = trainer()
+    made = run.apply_architecture_modification(
+        run.model, {"adaptation_type": "add_skip_connection", "layer_name": "conv1", "position": "bn2"}
+    )
+    together = [
+        {"adaptation_type": "remove_skip_connection", "layer_name": made.details[0]["name"]},
+        {"adaptation_type": "grow", "layer_name": "conv2", "parameters": {"width": 40}},
+    ]
+    before = fingerprint(run.model, run.optimizer)
+    assert not run.apply_architecture_modification(run.model, [*together, BAD_NAME])
+    assert_same(fingerprint(run.model, run.optimizer), before)
+    result = run.apply_architecture_modification(run.model, together)
+    assert result and ee.dims(run.model)["conv2"].active == 40
+    run.fit(loader(), steps=2)
 
 
 @pytest.mark.parametrize("bad", [BAD_NAME, BAD_WIDTH, BAD_EDIT], ids=["name", "width", "edit"])

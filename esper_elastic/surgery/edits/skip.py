@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import TopologyError
+from ..elastic.elastic import let_go
 from ..undo import added, removed
 from .edit import Edit
 from .edited import edits_of, release
@@ -150,6 +151,7 @@ def drop_skip(edit: Edit, path: str, skip: Skip) -> None:
     release(edit.module(host))
     for parameter in skip.parameters():
         removed(parameter)
+    let_go(skip, edit.model)
 
 
 def _axis(module: nn.Module, shape: tuple[int, ...] | None) -> int:
