@@ -154,7 +154,7 @@ class Soak:
         self.model.__dict__.pop(JOURNAL, None)
 
 
-#: Modules whose objects are not counted: hypothesis remembers every order that it has made, and torch every op on fake tensors of new sizes.
+#: Modules whose objects are not counted: hypothesis remembers every order that it has made, and torch each op on fake tensors of new sizes.
 OTHERS = ("hypothesis", "builtins", "array", "_pytest", "torch._subclasses")
 
 ORDERS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 10**6)), min_size=20, max_size=60)
