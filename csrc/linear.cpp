@@ -196,7 +196,8 @@ struct Linear : torch::autograd::Function<Linear> {
     variable_list result(7);
     if (!grad.defined()) return result;
     const auto& stored = ctx->saved_data["width"];
-    const optional<SymInt> width = stored.isNone() ? std::nullopt : optional<SymInt>(stored.toSymInt());
+    optional<SymInt> width;
+    if (!stored.isNone()) width.emplace(stored.toSymInt());
     const SymInt in_width = ctx->saved_data["in_width"].toSymInt();
     const std::array<bool, 3> needed{
         ctx->needs_input_grad(0), ctx->needs_input_grad(1), bias.defined() && ctx->needs_input_grad(2)};

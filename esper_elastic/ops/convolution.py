@@ -53,7 +53,10 @@ def output_size(
     dilation: Sequence[int],
     output_padding: Sequence[int] | None = None,
 ) -> list[int]:
-    """Height and width that a convolution gives of a batch and a weight of these shapes; transposed if there is an ``output_padding``."""
+    """The sizes behind the channels that a convolution gives of a batch and a weight of these shapes.
+
+    It is a transposed one if there is an ``output_padding``.
+    """
     reach = [gap * (kernel - 1) + 1 for gap, kernel in zip(dilation, weight[2:], strict=True)]
     if output_padding is None:
         return [(n + 2 * p - r) // s + 1 for n, s, p, r in zip(input[2:], stride, padding, reach, strict=True)]

@@ -130,21 +130,19 @@ class Controller:
 
     def dismiss(self, error: ElasticError) -> None:
         """Refuse what waits: training has ended where nothing may change."""
-        for _ in range(self._waiting.qsize()):
-            request = self._waiting.get()
-            if request.future is None or request.future.set_running_or_notify_cancel():
-                served = Served(request)
-                served.failed(error)
-                self._finished(served)
+        for request in self._take_waiting():
+            served = Served(request)
+            served.failed(error)
+            self._finished(served)
 
     def drain(self) -> list[AdaptationResult]:
         """Carry out what has been submitted, in order: what waits now, not what is submitted meanwhile."""
-        waiting: list[Request] = []
-        for _ in range(self._waiting.qsize()):
-            request = self._waiting.get()
-            if request.future is None or request.future.set_running_or_notify_cancel():
-                waiting.append(request)
-        return self._serve(waiting) if waiting else []
+        return self._serve(self._take_waiting())
+
+    def _take_waiting(self) -> list[Request]:
+        """What waits and was not cancelled; from here on it cannot be."""
+        taken = [self._waiting.get() for _ in range(self._waiting.qsize())]
+        return [request for request in taken if request.future is None or request.future.set_running_or_notify_cancel()]
 
     def preflight(self, decision: Any) -> Verdict:
         """Whether a request would be carried out now, and the limit that decides. For several decisions, the first refusal.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import statistics
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from ..errors import DecisionError
 from .snapshot import Snapshot, size_of_all
 from .state import TrainingState
+
+LOGGER = logging.getLogger("esper_elastic.training")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,11 @@ class Watch:
         wanted = size_of_all(state.model, self.followers)
         if wanted > self.governor.max_bytes:
             self.too_large = wanted
+            LOGGER.warning(
+                "no snapshot: it would take %s bytes, of at most %s (Governor(max_bytes=)); changes are not taken back from here on",
+                f"{wanted:,}",
+                f"{self.governor.max_bytes:,}",
+            )
             return None
         self.snapshot = Snapshot(state.model, self.followers, state.step)
         return self.snapshot

@@ -36,7 +36,7 @@ from .events import Evaluated, Event, Restored, Resumed, RunEnded, Saved, Snapsh
 from .governor import Governor, Watch
 from .inputs import inputs_of_shape, runs_on
 from .mechanisms import Step
-from .monitor import LOGGER, Monitor
+from .monitor import Monitor
 from .record import Record
 from .safety import Guardian, Safety, Verdict
 from .state import TrainingState
@@ -308,14 +308,7 @@ class Trainer:
     def _before_change(self, step: Step) -> None:
         if self._watch is None:
             return
-        known_as_too_large = self._watch.too_large is not None
         taken = self._watch.before_change(self.state)
-        if self._watch.too_large is not None and not known_as_too_large:
-            LOGGER.warning(
-                "no snapshot: it would take %s bytes, of at most %s (Governor(max_bytes=)); changes are not taken back from here on",
-                f"{self._watch.too_large:,}",
-                f"{self._watch.governor.max_bytes:,}",
-            )
         if taken is not None:
             self._emit(SnapshotTaken(self.state.step, time.time(), taken.milliseconds, taken.bytes))
 

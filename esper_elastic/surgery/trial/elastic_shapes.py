@@ -37,7 +37,7 @@ def _convolution(x: Any, weight: Any, bias: Any, control: Any, slots: Any, *geom
 def _batch_norm(x: Any, weight: Any, bias: Any, mean: Any, var: Any, *_: Any) -> tuple[Tensor, ...] | None:
     if not _fit(x, weight, bias, mean, var):
         return None
-    return _with_statistics(x, 2, (x.shape[1],), statistics_type(x, weight, mean))
+    return _with_mean_and_deviation(x, (x.shape[1],), statistics_type(x, weight, mean))
 
 
 def _batch_norm_eval(x: Any, weight: Any, bias: Any, mean: Any, var: Any, *_: Any) -> Tensor | None:
@@ -50,12 +50,13 @@ def _layer_norm(
     if not _fit(x, weight, bias):
         return None
     rows = (*x.shape[: x.dim() - normalized_dims], *(1 for _ in range(normalized_dims)))
-    return _with_statistics(x, 2, rows, statistics_type(x, weight, bias))
+    return _with_mean_and_deviation(x, rows, statistics_type(x, weight, bias))
 
 
-def _with_statistics(x: Any, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """A result like ``x``, and what the op saves beside it."""
-    return (like(x, x.shape), *(fake_tensor(x.fake_mode, shape, None, dtype, x.device) for _ in range(number)))
+def _with_mean_and_deviation(x: Any, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """A result like ``x``, and what a norm saves beside it."""
+    mean, deviation = (fake_tensor(x.fake_mode, shape, None, dtype, x.device) for _ in range(2))
+    return like(x, x.shape), mean, deviation
 
 
 #: The rule of a function, by the function.

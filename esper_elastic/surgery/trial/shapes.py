@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from ...ops.convolution import output_size
+
 Rule = Callable[..., Tensor | tuple[Tensor, ...] | None]
 
 
@@ -32,10 +34,12 @@ def fake_tensor(
 
 
 def like(x: Any, shape: Iterable[int]) -> Tensor:
+    """A tensor without values of another shape, of the type and on the device of ``x``."""
     return fake_tensor(x.fake_mode, shape, None, x.dtype, x.device)
 
 
 def plain(x: Any) -> bool:
+    """Whether ``x`` is a contiguous tensor without values."""
     return type(x) is FakeTensor and x.layout is torch.strided and x.is_contiguous()
 
 
@@ -45,6 +49,7 @@ def _fit(x: Any, *vectors: Any, size: int) -> bool:
 
 
 def alike(x: Any, y: Any) -> bool:
+    """Whether ``y`` is a tensor without values of the type and on the device of ``x``."""
     return type(y) is FakeTensor and y.dtype == x.dtype and y.device == x.device
 
 
@@ -61,10 +66,10 @@ def _convolution(num_axes: int) -> Rule:
         steps, edges, gaps = ((v,) * num_axes if type(v) is int else v for v in (stride, padding, dilation))
         if not all(type(v) is tuple and len(v) == num_axes for v in (steps, edges, gaps)) or min(*steps, *gaps) < 1 or min(edges) < 0:
             return None
-        rows, columns, *kernel = weight.shape
+        rows, columns = weight.shape[:2]
         if groups < 1 or rows % groups or x.shape[1] != columns * groups or not _fit(x, bias, size=rows):
             return None
-        sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(x.shape[2:], edges, gaps, kernel, steps, strict=True)]
+        sizes = output_size(x.shape, weight.shape, steps, edges, gaps)
         return like(x, (x.shape[0], rows, *sizes)) if min(*sizes, *x.shape) > 0 else None
 
     return rule
