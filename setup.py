@@ -32,6 +32,8 @@ def sources(pattern: str) -> list[str]:
 def library() -> Extension:
     """The library: for the CPU everywhere, with ``csrc/cuda`` where both a CUDA build of torch and nvcc are found."""
     with_cuda = torch.version.cuda is not None and CUDA_HOME is not None and bool(sources("cuda/*.cu"))
+    if with_cuda and not torch.cuda.is_available():  # torch asks the GPUs that it sees what to compile for, and fails where it sees none
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     cpu_files = [path for path in sources("**/*.cpp") if not path.startswith("csrc/cuda/")]
     return (CUDAExtension if with_cuda else CppExtension)(
         "esper_elastic._C",

@@ -117,7 +117,7 @@ variable_list differentiable_backward(
   auto grouped = [&](const Tensor& t) { return t.reshape({x.size(0), plan.num_groups(), -1}); };
   const Tensor centred = grouped(x) - grouped(x).mean({2}, true);
   const Tensor rstd = (centred.square().mean({2}, true) + eps).rsqrt(), xhat = centred * rstd;
-  auto per_channel = [&](const Tensor& t) { return t.reshape({x.size(0), plan.channels, -1}).sum({0, 2}); };
+  auto per_channel = [&](const Tensor& t) { return t.reshape({x.size(0), plan.channels, -1}).sum(at::IntArrayRef{0, 2}); };
   if (mask[0]) {
     Tensor gw = g.reshape({x.size(0), plan.channels, -1});
     if (weight) gw = gw * slice(*weight, 0, plan.units).unsqueeze(1);

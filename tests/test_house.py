@@ -188,6 +188,12 @@ def test_setup_is_build_and_packages_only():
     assert len((ROOT / "setup.py").read_text().splitlines()) <= 100
 
 
+def test_no_two_sources_of_the_library_make_one_object_file():
+    sources = [path for path in (ROOT / "csrc").rglob("*.c*") if path.suffix in (".cpp", ".cu")]
+    assert any(path.suffix == ".cu" for path in sources)
+    assert len({path.with_suffix("") for path in sources}) == len(sources)
+
+
 def test_version_is_one():
     declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert declared
