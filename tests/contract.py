@@ -153,6 +153,14 @@ class Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def norm(dense_class: Any, *arguments: Any, bias: bool = True, **options: Any) -> Any:
+    """A norm of torch, without a bias if need be, which torch 2.11 has no argument for."""
+    module = dense_class(*arguments, **options)
+    if not bias:
+        module.register_parameter("bias", None)
+    return module
+
+
 def allocations(run: Callable[[], Any]) -> list[int]:
     """The sizes in bytes of all tensors that ``run`` allocates."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import LAYOUTS, MANY, NARROW, Contract, active_part, poison
+from contract import LAYOUTS, MANY, NARROW, Contract, active_part, norm, poison
 from torch import Tensor, nn
 
 import esper_elastic as ee
@@ -272,7 +272,7 @@ def test_dormant_units_start_as_newborn_ones() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"affine": False}, {"track_running_stats": False}], ids=str)
 def test_dense_twins_and_copies(options: dict[str, Any]) -> None:
-    dense = nn.BatchNorm2d(5, 1e-3, None, **options).eval()
+    dense = norm(nn.BatchNorm2d, 5, 1e-3, None, **options).eval()
     dense.num_batches_tracked = None if dense.num_batches_tracked is None else dense.num_batches_tracked.fill_(4)
     layer = ee.ElasticBatchNorm2d.from_dense(dense, max_num_features=9)
     assert isinstance(layer, nn.BatchNorm2d)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import AXES, LAYOUTS, MANY, NARROW, AxisCase, Contract, assert_as_exact, needs_library, poison
+from contract import AXES, LAYOUTS, MANY, NARROW, AxisCase, Contract, assert_as_exact, needs_library, norm, poison
 from torch import Tensor, nn
 
 import esper_elastic as ee
@@ -61,7 +61,7 @@ class TestOneGroup(TestGroupNorm):
         return ee.ElasticGroupNorm(1, axes[0].active, bias=False, dim=axes[0], **factory)
 
     def dense(self, *sizes: int, **factory: Any) -> nn.Module:
-        return nn.GroupNorm(1, sizes[0], bias=False, **factory)
+        return norm(nn.GroupNorm, 1, sizes[0], bias=False, **factory)
 
     def input(self, size: int) -> Tensor:
         return torch.rand(3, size, 5, dtype=torch.float64) + 0.25
@@ -276,7 +276,7 @@ def test_one_group_mixes_its_channels(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"affine": False}], ids=str)
 def test_dense_twins_and_copies(options: dict[str, Any]) -> None:
-    dense = nn.GroupNorm(3, 6, 1e-3, **options)
+    dense = norm(nn.GroupNorm, 3, 6, 1e-3, **options)
     layer = ee.ElasticGroupNorm.from_dense(dense, max_num_features=10)
     for twin in (layer.to_dense(), copy.deepcopy(layer).to_dense(), pickle.loads(pickle.dumps(layer)).to_dense(), ee.export(layer)):
         assert type(twin) is nn.GroupNorm

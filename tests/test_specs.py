@@ -15,6 +15,7 @@ from typing import Any
 import hostile
 import pytest
 import torch
+from contract import norm
 from torch import nn
 
 import esper_elastic as ee
@@ -324,7 +325,7 @@ INEXPRESSIBLE = {
     "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
     "no dim": lambda: nn.Softmax(),
     "indices": lambda: nn.MaxPool2d(2, return_indices=True),
-    "norm without bias": lambda: nn.BatchNorm2d(3, bias=False),
+    "norm without bias": lambda: norm(nn.BatchNorm2d, 3, bias=False),
     "named children": lambda: nn.Sequential(OrderedDict(first=nn.ReLU())),
     "shared child": lambda: nn.Sequential(shared, shared),
     "foreign child": lambda: nn.Sequential(nn.ReLU(), nn.LSTM(3, 4)),

@@ -199,7 +199,11 @@ def test_a_rule_tells_what_torch_does(name):
         pytest.param(lambda x: x + x[:, :2], id="arithmetic"),
         pytest.param(lambda x: x[:, :1].add_(x), id="in place"),
         pytest.param(lambda x: F.dropout(x, 1.5), id="dropout"),
-        pytest.param(lambda x: F.embedding(x, torch.empty(3, 4)), id="embedding"),
+        pytest.param(
+            lambda x: F.embedding(x, torch.empty(3, 4)),
+            id="embedding",
+            marks=pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 refuses real indices only where there are values"),
+        ),
     ],
 )
 def test_what_torch_refuses_is_refused(function):

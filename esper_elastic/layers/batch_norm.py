@@ -34,8 +34,9 @@ class _ElasticBatchNorm(ElasticLayer, nn.modules.batchnorm._BatchNorm):
         dim: Axis | None = None,
     ) -> None:
         dims = {"dim": resolve_dim(type(self).__name__, num_features, "num_features", max_num_features, dim)}
-        without_bias: dict[str, bool] = {} if bias else {"bias": False}  # older versions of torch know no such argument
-        dense = self.dense_class(num_features, eps, momentum, affine, track_running_stats, device, dtype, **without_bias)
+        dense = self.dense_class(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            dense.register_parameter("bias", None)
         self._adopt(dense, dims)
 
     @classmethod
@@ -81,10 +82,10 @@ class _ElasticBatchNorm(ElasticLayer, nn.modules.batchnorm._BatchNorm):
             self.num_batches_tracked.zero_()
 
     def _dense(self, device: Any, dtype: Any) -> nn.Module:
-        without_bias: dict[str, bool] = {} if self.bias is not None or not self.affine else {"bias": False}
-        return self.dense_class(
-            self.dim.active, self.eps, self.momentum, self.affine, self.track_running_stats, device, dtype, **without_bias
-        )
+        dense = self.dense_class(self.dim.active, self.eps, self.momentum, self.affine, self.track_running_stats, device, dtype)
+        if self.bias is None:
+            dense.register_parameter("bias", None)
+        return dense
 
     def _fill_dormant(self, name: str, storage: Tensor) -> None:
         storage.fill_(1.0 if self.newborn[name] == ("one",) else 0.0)

@@ -56,7 +56,10 @@ class ElasticGroupNorm(ElasticLayer, nn.GroupNorm):
         dim: Axis | None = None,
     ) -> None:
         dims = _dims(num_groups, num_channels, max_num_features, dim)
-        self._adopt(nn.GroupNorm(num_groups, num_channels, eps, affine, device, dtype, **_without_bias(bias)), dims)
+        dense = nn.GroupNorm(num_groups, num_channels, eps, affine, device, dtype)
+        if not bias:
+            dense.register_parameter("bias", None)
+        self._adopt(dense, dims)
 
     @classmethod
     def from_dense(cls, module: nn.GroupNorm, *, max_num_features: int | None = None, dim: Axis | None = None) -> Self:
@@ -98,8 +101,10 @@ class ElasticGroupNorm(ElasticLayer, nn.GroupNorm):
 
     def _dense(self, device: Any, dtype: Any) -> nn.GroupNorm:
         groups = 1 if self._group_width is None else self.dim.active // self._group_width
-        without_bias = _without_bias(self.bias is not None or not self.affine)
-        return nn.GroupNorm(groups, self.dim.active, self.eps, self.affine, device, dtype, **without_bias)
+        dense = nn.GroupNorm(groups, self.dim.active, self.eps, self.affine, device, dtype)
+        if self.bias is None:
+            dense.register_parameter("bias", None)
+        return dense
 
     def _fill_dormant(self, name: str, storage: Tensor) -> None:
         storage.fill_(1.0 if name == "weight" else 0.0)
@@ -109,11 +114,6 @@ class ElasticGroupNorm(ElasticLayer, nn.GroupNorm):
             f"{self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, bias={self.bias is not None}, "
             f"max_num_features={self.dim.capacity}"
         )
-
-
-def _without_bias(bias: bool) -> dict[str, Any]:
-    """The argument that says so; older versions of torch know no such argument."""
-    return {} if bias else {"bias": False}
 
 
 def _dims(groups: int, channels: int, max_num_features: int | None, dim: Axis | None) -> dict[str, Axis]:

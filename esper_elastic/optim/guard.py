@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -307,7 +308,11 @@ def _probe(optimizer: Any, group: dict[str, Any], param: Tensor) -> dict[str, _L
         twin.param_groups[0]["fused"] = False
     with contextlib.ExitStack() as end:
         end.callback(torch.set_rng_state, torch.get_rng_state())
-        _rule(plain)(twin)
+        try:
+            _rule(plain)(twin)
+        except KeyError:
+            twin.state[stand_in] = _state_before_any_step(plain, group, stand_in)
+            _rule(plain)(twin)
     layout = {}
     for name, value in twin.state[stand_in].items():
         axes = tracked_axes(value, shape)
@@ -318,6 +323,12 @@ def _probe(optimizer: Any, group: dict[str, Any], param: Tensor) -> dict[str, _L
         if axes:
             layout[name] = _Layout(axes, value.flatten()[0].detach())
     return layout
+
+
+def _state_before_any_step(plain: type[Optimizer], group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """What the constructor of a class gives a parameter, as that of Adagrad did in torch 2.11, whose step expects it."""
+    accepted = inspect.signature(plain).parameters.keys() - {"params"}
+    return plain([param], **{name: value for name, value in group.items() if name in accepted}).state[param]
 
 
 def _require_layout(optimizer: Optimizer, label: str) -> None:
