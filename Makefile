@@ -87,7 +87,7 @@ test-slow: $(BUILT)
 # On a machine with an NVIDIA GPU: kernels on it instead of in the interpreter, what only a GPU shows, and the contract of the layers there.
 GPU_PYTEST := $(RUN) $(PY) -m pytest --benchmark-disable -q
 test-gpu: $(BUILT)
-	$(GPU_PYTEST) -n $(GPU_WORKERS) tests/test_gpu.py $(KERNEL_TESTS)
+	$(GPU_PYTEST) -n $(GPU_WORKERS) tests/test_gpu.py tests/test_training_on_device.py $(KERNEL_TESTS)
 	ESPER_ELASTIC_TEST_DEVICE=cuda $(GPU_PYTEST) -n $(GPU_WORKERS) -m "not slow" $(LAYER_TESTS)
 
 # every kernel under the memory checker and the race checker
